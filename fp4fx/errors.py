@@ -1,0 +1,40 @@
+"""One exception type per kind of mistake, all under `Error`.
+
+A message names the layer, what was found, what was expected and what to do about it.
+"""
+
+
+class Error(Exception):
+    """Base class of every error that fp4fx raises on purpose."""
+
+
+class PolicyError(Error, ValueError):
+    """A policy has an unknown field, a contradiction, or a pattern that matches nothing."""
+
+
+class TraceError(Error):
+    """The model could not be traced at all (example inputs do not fit, a lazy module, not a module)."""
+
+
+class PlanError(Error, ValueError):
+    """A plan does not fit the model it is applied to, or cannot be read from its dictionary."""
+
+
+class NonFiniteWeightError(Error, ValueError):
+    """A weight that was to be quantized holds NaN or Inf."""
+
+
+class CheckpointError(Error, ValueError):
+    """A checkpoint is damaged, of another format or version, or does not fit the model."""
+
+
+class BackendError(Error):
+    """An option of the torch.compile backend is unknown or contradictory."""
+
+
+class PassError(Error):
+    """A graph pass broke or left an invalid graph; names the passes that ran before it."""
+
+
+class FallbackError(Error):
+    """Something fell back to a slower or less precise path and `on_fallback="raise"` forbids it."""
