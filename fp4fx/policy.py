@@ -1,0 +1,251 @@
+"""What the user asks for: which sites become NVFP4, and how. A policy knows no model; `fp4fx.plan` applies it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fp4fx.errors import PolicyError
+from fp4fx.patterns import Pattern, check, literal, require_match
+from fp4fx.site import Site
+
+Weights = Literal["nvfp4"] | None
+Activations = Literal["nvfp4", "nvfp4-static"] | None
+ScaleRule = Literal["max", "search", "four_over_six"]
+Block = tuple[Literal[1, 16], Literal[16]]
+Changes = tuple[tuple[str, Any], ...]
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "weights": ("nvfp4", None),
+    "activations": (None, "nvfp4", "nvfp4-static"),
+    "scale_rule": get_args(ScaleRule),
+    "block": ((1, 16), (16, 16)),
+    "on_fallback": ("report", "raise"),
+}
+_FLAGS = ("skip_norms", "depthwise", "embeddings")
+_COUNTS = ("skip_first", "skip_last", "min_numel", "min_channels")
+_THRESHOLDS = ("max_kurtosis", "min_sqnr")
+_OF_THE_MODEL = ("skip_first", "skip_last", "include", "exclude", "overrides", "on_fallback")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Which sites of a model become NVFP4, and how.
+
+    A site is quantized if no rule keeps it. The rules only ever keep: `include` narrows what may be quantized and does
+    not lift another rule, so `include=("layer4.*",)` leaves the normalisations of layer4 alone, and an embedding needs
+    `embeddings=True` for all or `overrides={"embed": {"embeddings": True}}` for one. A tensor that is used more than
+    once is quantized only if no rule keeps any of its uses.
+    """
+
+    weights: Weights = "nvfp4"
+    """Format of the weights; None keeps them all (of use in an override: keep what the pattern names)."""
+    activations: Activations = None
+    """None: weight only (W4A16). "nvfp4": the input of a layer is quantized too (W4A4), with a global scale taken from
+    each input. "nvfp4-static": with a global scale measured once, on the example inputs. Only a layer that runs its op
+    on its own input can do this; other sites stay weight-only and the plan says why."""
+    skip_first: int = 1
+    """Keep the first so many uses of a weight by linears and convolutions, in execution order; others do not count."""
+    skip_last: int = 1
+    """Keep the last so many uses of a weight by linears and convolutions, in execution order; others do not count."""
+    skip_norms: bool = True
+    """Keep the affine weights of normalisations; False quantizes them too, for studies."""
+    embeddings: bool = False
+    """Quantize `nn.Embedding` tables too."""
+    depthwise: bool = False
+    """Quantize depthwise convolutions too: blocks then run along the taps of one channel, and few bytes are gained."""
+    max_kurtosis: float | None = None
+    """Keep a site whose weight has an excess kurtosis above this (0 is a Gaussian); None: no limit."""
+    min_sqnr: float | None = None
+    """Keep a site whose weight would have a signal to quantization noise ratio below this many dB, measured with
+    a global scale of its own (a Gaussian has 20.4 dB); None: no limit."""
+    min_numel: int = 0
+    """Keep a site whose weight has fewer values than this."""
+    min_channels: int = 1
+    """Keep a site with fewer input channels per group than this; 16 is one block. 1 keeps none."""
+    include: tuple[Pattern, ...] = ()
+    """If not empty, only sites that match one of these patterns (see `fp4fx.patterns`) may be quantized."""
+    exclude: tuple[Pattern, ...] = ()
+    """Keep the sites that match one of these patterns."""
+    overrides: tuple[tuple[Pattern, Changes], ...] = ()
+    """Pattern -> changed fields, as a mapping or pairs; the first pattern that matches a site gives it its own version
+    of the policy. What is about the whole model (skip_first/last, include, exclude, on_fallback) cannot be changed."""
+    scale_rule: ScaleRule = "max"
+    """How the scale of a block is chosen. "max": block maximum / 6. The others are not available in this version."""
+    block: Block = (1, 16)
+    """(rows, columns) of weight that share one scale: (1, 16), or (16, 16) for training, so that W and Wᵀ agree."""
+    on_fallback: Literal["report", "raise"] = "report"
+    """What compiling does where no kernel takes an op or a W4A4 site stays weight-only: report it, or raise."""
+
+    def __post_init__(self) -> None:
+        """Bring lists and mappings into hashable form and check every field."""
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        if isinstance(self.block, list):
+            object.__setattr__(self, "block", tuple(self.block))
+        object.__setattr__(self, "overrides", _pairs(self.overrides))
+        _check_values(self)
+        if self.weights is None and self.activations is not None:
+            raise PolicyError(
+                f"Policy: weights=None contradicts activations={self.activations!r}: a W4A4 layer needs NVFP4 weights; "
+                "set weights='nvfp4' or activations=None"
+            )
+        if self.scale_rule != "max":
+            raise PolicyError(f"Policy.scale_rule: {self.scale_rule!r} is not available in this version; use 'max'")
+        for pattern, _ in self.overrides:
+            self.overridden(pattern)
+
+    def overridden(self, pattern: Pattern) -> Policy:
+        """The policy of the sites that fall under the override `pattern`."""
+        changes = dict(dict(self.overrides)[pattern])
+        where = f"Policy.overrides[{pattern!r}]"
+        _check_names(changes, where)
+        for name in changes:
+            if name in _OF_THE_MODEL:
+                raise PolicyError(f"{where}: {name!r} is about the whole model; set it on the policy itself")
+        if changes.get("weights", "nvfp4") is None:
+            changes.setdefault("activations", None)
+        try:
+            return replace(self, overrides=(), **changes)
+        except PolicyError as error:
+            raise PolicyError(f"{where}: {error}") from error
+
+    @classmethod
+    def weight_only(cls, **changes: Any) -> Policy:
+        """W4A16: packed weights, activations as they are."""
+        return cls.from_dict({"activations": None, **changes})
+
+    @classmethod
+    def w4a4(cls, **changes: Any) -> Policy:
+        """W4A4: packed weights, and each layer's input quantized on the fly."""
+        return cls.from_dict({"activations": "nvfp4", **changes})
+
+    @classmethod
+    def segmentation(cls, **changes: Any) -> Policy:
+        """All convolutions and transposed ones, the first included; normalisations and the output convolution kept.
+
+        The output convolution is the one that runs last; a model with several heads needs `exclude` for the others.
+        """
+        return cls.from_dict({"include": ("op:conv*",), "skip_first": 0, "skip_last": 1, **changes})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Policy:
+        """The policy with these fields; fields that are not given keep their defaults."""
+        if not isinstance(data, Mapping):
+            raise PolicyError(f"Policy: found {type(data).__name__}, expected a mapping of fields to values")
+        _check_names(data, "Policy")
+        return cls(**data)
+
+    @classmethod
+    def from_toml(cls, source: str | PathLike[str]) -> Policy:
+        """The policy in a TOML document; a path object or a string that ends in `.toml` is read as a file."""
+        is_path = not isinstance(source, str) or source.endswith(".toml")
+        try:
+            return cls.from_dict(tomllib.loads(Path(source).read_text("utf-8") if is_path else str(source)))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise PolicyError(f"Policy.from_toml: {source!r} cannot be read: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain JSON-ready values; PolicyError for a callable pattern, which has no such form."""
+        for pattern in (*self.include, *self.exclude, *(p for p, _ in self.overrides)):
+            if callable(pattern):
+                raise PolicyError(
+                    f"Policy.to_dict: the pattern {pattern!r} is a callable and cannot be written down; "
+                    "use a glob, or the policy of a plan, where callables stand as the names they picked"
+                )
+        return {
+            **{field.name: getattr(self, field.name) for field in fields(self)},
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "overrides": [[pattern, {k: _plain(v) for k, v in changes}] for pattern, changes in self.overrides],
+            "block": list(self.block),
+        }
+
+    def require_matches(self, sites: Sequence[Site], others: Iterable[str] = ()) -> None:
+        """Raise PolicyError if a pattern names no site; `others` are names without a site, which may be excluded."""
+        for name, patterns, also in (
+            ("include", self.include, ()),
+            ("exclude", self.exclude, tuple(others)),
+            ("overrides", tuple(pattern for pattern, _ in self.overrides), ()),
+        ):
+            for pattern in patterns:
+                require_match(pattern, f"Policy.{name}", sites, also)
+
+    def resolved(self, sites: Sequence[Site]) -> Policy:
+        """The same policy for these sites, each callable pattern replaced by the names of the parameters it picks."""
+        overrides: dict[str, Changes] = {}
+        for pattern, changes in self.overrides:
+            overrides.setdefault(literal(pattern, sites), changes)
+        return replace(
+            self,
+            include=tuple(literal(p, sites) for p in self.include),
+            exclude=tuple(literal(p, sites) for p in self.exclude),
+            overrides=tuple(overrides.items()),
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _patterns(name: str, value: Any) -> tuple[Pattern, ...]:
+    if isinstance(value, str) or callable(value):
+        value = (value,)
+    if not isinstance(value, list | tuple):
+        raise PolicyError(f"Policy.{name}: found {value!r}, expected a list of patterns")
+    for pattern in value:
+        check(pattern, f"Policy.{name}")
+    return tuple(value)
+
+
+def _pairs(value: Any) -> tuple[tuple[Pattern, Changes], ...]:
+    """A mapping or pairs of pattern and changes, as pairs of hashable values."""
+    where = "Policy.overrides"
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        raise PolicyError(f"{where}: found {value!r}, expected {{pattern: {{field: value}}}}")
+    result: dict[Pattern, Changes] = {}
+    for pattern, changes in pairs:
+        check(pattern, where)
+        items = list(changes.items()) if isinstance(changes, Mapping) else changes
+        if not isinstance(items, list | tuple) or not all(isinstance(i, list | tuple) and len(i) == 2 for i in items):
+            raise PolicyError(f"{where}[{pattern!r}]: found {changes!r}, expected {{field: value}}")
+        if pattern in result:
+            raise PolicyError(f"{where}: pattern {pattern!r} stands there twice; the second never matches: remove it")
+        result[pattern] = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in items)
+    return tuple(result.items())
+
+
+def _check_names(data: Mapping[str, Any], where: str) -> None:
+    known = [field.name for field in fields(Policy)]
+    for name in data:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            raise PolicyError(f"{where}: unknown field {name!r}; {advice}")
+
+
+def _check_values(policy: Policy) -> None:
+    def check_field(name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise PolicyError(f"Policy.{name}: found {getattr(policy, name)!r}, expected {expected}")
+
+    for name, choices in _CHOICES.items():
+        check_field(name, getattr(policy, name) in choices, " or ".join(map(repr, choices)))
+    for name in _FLAGS:
+        check_field(name, isinstance(getattr(policy, name), bool), "True or False")
+    for name in _COUNTS:
+        value = getattr(policy, name)
+        check_field(
+            name, isinstance(value, int) and not isinstance(value, bool) and value >= 0, "an integer, 0 or more"
+        )
+    for name in _THRESHOLDS:
+        value = getattr(policy, name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        check_field(name, value is None or is_number, "a finite number, or None for no limit")
