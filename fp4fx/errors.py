@@ -13,11 +13,15 @@ class PolicyError(Error, ValueError):
 
 
 class TraceError(Error):
-    """The model could not be traced at all (example inputs do not fit, a lazy module, not a module)."""
+    """The model cannot be traced at all (a lazy parameter, a scripted or compiled model, not a module)."""
 
 
 class PlanError(Error, ValueError):
     """A plan does not fit the model it is applied to, or cannot be read from its dictionary."""
+
+
+class LayoutError(Error, ValueError):
+    """A tensor's shape, dtype or order does not fit what is asked of it."""
 
 
 class NonFiniteWeightError(Error, ValueError):

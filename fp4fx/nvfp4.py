@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fp4fx.errors import Error, NonFiniteWeightError, PolicyError
+from fp4fx.errors import LayoutError, NonFiniteWeightError, PolicyError
 from fp4fx.site import Order
 
 BLOCK = 16
@@ -37,10 +37,6 @@ E4M3_MIN = 2.0**-9  # smallest subnormal
 E4M3_NAN = 0x7F
 GLOBAL_SCALE_MIN = 2.0**-126
 CHUNK = 1 << 20  # values worked on at a time in eager mode: temporaries stay in cache and bounded
-
-
-class LayoutError(Error, ValueError):
-    """A tensor cannot be laid out as rows of blocks: its order, groups, rank, size or dtype do not fit."""
 
 
 @dataclass(frozen=True, eq=False)
