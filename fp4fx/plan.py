@@ -13,7 +13,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fp4fx import nvfp4
-from fp4fx.errors import PlanError, PolicyError
+from fp4fx.errors import LayoutError, PlanError, PolicyError
 from fp4fx.fields import read
 from fp4fx.patterns import first_match
 from fp4fx.policy import Activations, Block, Policy, ScaleRule
@@ -175,7 +175,7 @@ class Plan:
                     raise PlanError(f"{where}: shape {site.shape} does not hold {site.numel} values")
                 if decision.spec is not None:
                     nvfp4.row_length(site.shape, site.order, site.groups)
-        except (PolicyError, nvfp4.LayoutError) as error:
+        except (PolicyError, LayoutError) as error:
             raise PlanError(f"{where}: {error}") from error
         return plan
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -76,15 +75,9 @@ def dequantize(
     groups: int = 1,
 ) -> Tensor:
     """Packed rows -> the tensor of the given shape and dtype: code · scale · global_scale in fp32, then cast."""
-    k = shape[-1] if order == "rows" else shape[1] if order == "channels" else _k(shape, order, groups)
+    k = nvfp4.row_length(tuple(shape), order, groups)
     rows = nvfp4.dequantize_rows(packed, scale, global_scale, k, dtype)
     return nvfp4.from_rows(rows, tuple(shape), order, groups)
-
-
-def _k(shape: Sequence[int], order: Order, groups: int) -> int:
-    """Length of a row of a convolution weight."""
-    channels = shape[1] if order == "conv" else shape[0] // groups
-    return channels * math.prod(shape[2:])
 
 
 @define(

@@ -1,0 +1,214 @@
+"""Modules with packed parameters: generated subclasses of the user's own classes, in which a parameter is computed from NVFP4 buffers.
+
+A packed `weight` is a property that dequantizes the buffers `weight_packed`, `weight_scale` (uint8) and `weight_global_scale` (fp32 []).
+Everything else about the module, its class in `isinstance`, its forward, its hooks, stays what it was.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fp4fx import nvfp4, ops  # noqa: F401  (ops defines torch.ops.fp4fx)
+from fp4fx.errors import PlanError
+from fp4fx.site import Order
+
+if TYPE_CHECKING:
+    from fp4fx.plan import Plan
+
+PARTS = ("packed", "scale", "global_scale")
+INPUT_SCALE = "input_global_scale"
+_PLAN = "_fp4fx_plan"
+
+Activations = Literal["nvfp4", "nvfp4-static"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSpec:
+    """How one packed parameter is stored and what it decodes to."""
+
+    shape: tuple[int, ...]
+    order: Order = "rows"
+    groups: int = 1
+    dtype: torch.dtype = torch.float32
+    """Dtype of the computed parameter; follows `module.to(dtype)`."""
+    scale_rule: str = "max"
+    block: tuple[int, int] = (1, 16)
+    sqnr: float | None = None
+    """Signal to quantization noise of the stored parameter in dB; None if the dense one was never seen."""
+
+
+class Packed(nn.Module):
+    """Mixin of every generated subclass."""
+
+    nvfp4: dict[str, PackedSpec]
+    activations: Activations
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move like any module, but keep the fp32 of global scales and let the computed dtype follow casts."""
+        fp32 = {name: self._buffers[name] for name in (*(f"{n}_global_scale" for n in self.nvfp4), INPUT_SCALE)
+                if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, before in fp32.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != torch.float32:
+                self._buffers[name] = before.to(after.device)
+        for name, spec in self.nvfp4.items():
+            probe = torch.empty(0, dtype=spec.dtype, device=fp32[f"{name}_global_scale"].device)  # type: ignore[union-attr]
+            self.nvfp4 = {**self.nvfp4, name: replace(spec, dtype=fn(probe).dtype)}
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assigning a dense tensor to a packed parameter encodes it into the buffers."""
+        spec = self.__dict__.get("nvfp4", {}).get(name)
+        if spec is None:
+            super().__setattr__(name, value)
+            return
+        if not isinstance(value, Tensor) or tuple(value.shape) != spec.shape:
+            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise PlanError(f"{type(self).__name__}.{name}: found {found}, expected a tensor of shape {spec.shape}")
+        q, spec = encode(value, spec, name)
+        with torch.no_grad():
+            for part in PARTS:
+                self.get_buffer(f"{name}_{part}").copy_(getattr(q, part))
+        self.nvfp4 = {**self.nvfp4, name: spec}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Accept a dense value in place of the packed one: a checkpoint of the original model loads and is encoded."""
+        for name, spec in self.nvfp4.items():
+            dense = state_dict.get(prefix + name)
+            if isinstance(dense, Tensor) and tuple(dense.shape) == spec.shape:
+                q, new = encode(state_dict.pop(prefix + name), spec, prefix + name)
+                state_dict.update({f"{prefix}{name}_{part}": getattr(q, part) for part in PARTS})
+                self.nvfp4 = {**self.nvfp4, name: new}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and copy by recipe, since a generated class has no importable name."""
+        _, _, *state = super().__reduce_ex__(max(int(protocol), 2))
+        return (_blank, (type(self).__bases__[1], tuple(self.nvfp4), self.activations is not None), *state)
+
+    def extra_repr(self) -> str:
+        """The class's own description and what is packed."""
+        packed = [f"{name}=NVFP4{list(spec.shape)}" for name, spec in self.nvfp4.items()]
+        quantized = [f"activations={self.activations}"] if self.activations else []
+        return ", ".join(filter(None, [super().extra_repr(), *packed, *quantized]))
+
+
+def _computed(name: str) -> property:
+    def get(self: Packed) -> Tensor:
+        spec = self.nvfp4[name]
+        decoded: Tensor = torch.ops.fp4fx.dequantize.default(
+            self._buffers[f"{name}_packed"],
+            self._buffers[f"{name}_scale"],
+            self._buffers[f"{name}_global_scale"],
+            spec.shape,
+            spec.dtype,
+            spec.order,
+            spec.groups,
+        )
+        return decoded
+
+    return property(get, doc=f"The dense {name}, decoded anew at every access.")
+
+
+_RANK = {
+    nn.Linear: 0,
+    nn.Conv1d: 1,
+    nn.ConvTranspose1d: 1,
+    nn.Conv2d: 2,
+    nn.ConvTranspose2d: 2,
+    nn.Conv3d: 3,
+    nn.ConvTranspose3d: 3,
+}
+
+
+STOCK = tuple(_RANK)
+"""The classes whose input can be quantized on the way in."""
+
+
+def _quantizing_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """The base's forward on a quantized input; the plan allows it for the classes of `_RANK` only."""
+    rank = next(rank for cls, rank in _RANK.items() if issubclass(base, cls))
+    order = "channels" if rank else "rows"
+
+    def forward(self: Packed, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002  (the base's name for it)
+        scale = self._buffers.get(INPUT_SCALE)
+        if rank and input.dim() == rank + 1:  # a convolution without a batch axis
+            x = torch.ops.fp4fx.fake_quantize.default(input.unsqueeze(0), scale, order).squeeze(0)
+        else:
+            x = torch.ops.fp4fx.fake_quantize.default(input, scale, order)
+        return base.forward(self, x, *args, **kwargs)
+
+    return forward
+
+
+@functools.cache
+def class_for(base: type[nn.Module], names: tuple[str, ...], quantizes_input: bool) -> type[Packed]:
+    """The subclass of `base` in which the named parameters are packed and, if asked, the input is quantized first."""
+    body: dict[str, Any] = {name: _computed(name) for name in names}
+    if quantizes_input:
+        body["forward"] = _quantizing_forward(base)
+    return type(f"NVFP4{base.__name__}", (Packed, base), {**body, "__module__": __name__})
+
+
+def _blank(base: type[nn.Module], names: tuple[str, ...], quantizes_input: bool) -> Packed:
+    """An instance without state, for pickle and copy."""
+    cls = class_for(base, names, quantizes_input)
+    return cls.__new__(cls)
+
+
+def encode(
+    dense: Tensor, spec: PackedSpec, path: str, global_scale: Tensor | None = None
+) -> tuple[nvfp4.NVFP4, PackedSpec]:
+    """Quantize a dense parameter as its spec says; returns the codes and the spec with their SQNR. `path` names it in errors."""
+    dense = dense.detach()
+    if dense.is_meta:
+        sqnr = None
+    else:
+        nvfp4.check_finite(dense, path)
+    q = nvfp4.quantize(
+        dense,
+        scale_rule=spec.scale_rule,
+        block=spec.block,
+        global_scale=global_scale,
+        order=spec.order,
+        groups=spec.groups,
+    )
+    if not dense.is_meta:
+        sqnr = nvfp4.sqnr(dense, nvfp4.dequantize(q, torch.float32))
+    return q, replace(spec, sqnr=sqnr)
+
+
+def pack(
+    module: nn.Module,
+    stored: Mapping[str, tuple[nvfp4.NVFP4, PackedSpec]],
+    activations: Activations = None,
+    input_scale: Tensor | None = None,
+) -> None:
+    """Turn `module` in place into its packed class: the named parameters become buffers, `input_scale` a static activation scale."""
+    module.__class__ = class_for(type(module), tuple(stored), activations is not None)
+    module.__dict__["nvfp4"] = {name: spec for name, (_, spec) in stored.items()}
+    module.__dict__["activations"] = activations
+    for name, (q, _) in stored.items():
+        del module._parameters[name]
+        for part in PARTS:
+            module.register_buffer(f"{name}_{part}", getattr(q, part))
+    if input_scale is not None:
+        module.register_buffer(INPUT_SCALE, input_scale)
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan that a quantized model was made by, or None."""
+    plan: Plan | None = model.__dict__.get(_PLAN)
+    return plan
+
+
+def remember_plan(model: nn.Module, plan: Plan) -> None:
+    """Let a quantized model carry its plan through copies and pickles."""
+    model.__dict__[_PLAN] = plan

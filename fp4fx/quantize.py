@@ -1,0 +1,195 @@
+"""Plan -> a model with packed weights. The original is left as it was; every tensor that is not quantized is shared with it."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4fx import nvfp4
+from fp4fx.errors import FallbackError, PlanError
+from fp4fx.packed import Activations, Packed, PackedSpec, encode, pack, plan_of, remember_plan
+from fp4fx.plan import Decision, Plan, plan
+from fp4fx.policy import Policy
+
+HEADROOM = 8.0
+"""A static activation scale is this much larger than the largest value seen: too large costs nothing, too small saturates."""
+
+
+def quantize(
+    model: nn.Module,
+    policy: Policy | None = None,
+    example_inputs: Any = None,
+    example_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A new model in which the weights that the policy chooses are packed NVFP4; the original is untouched.
+
+    Args:
+        model: any module; stays as it was and goes on working.
+        policy: what to quantize and how; `Policy()` if None.
+        example_inputs: a tensor or tuple of tensors for one forward; makes the trace exact (torch.export) and is required by
+            `activations="nvfp4-static"`, whose scales are measured on it.
+        example_kwargs: keyword arguments of that forward.
+
+    Raises:
+        fp4fx.FallbackError: with `on_fallback="raise"`, something cannot be had as the policy asks for it.
+        fp4fx.Error: the policy does not fit the model, a weight holds NaN or Inf (named), or the model cannot be traced.
+    """
+    if not isinstance(model, nn.Module) or plan_of(model) is not None:
+        found = "an already quantized model" if isinstance(model, nn.Module) else type(model).__name__
+        raise PlanError(f"quantize: found {found}, expected a torch.nn.Module with dense weights")
+    chosen = plan(model, policy, example_inputs, example_kwargs)
+    if chosen.policy.on_fallback == "raise":
+        _raise_on_fallback(chosen)
+    return apply(model, chosen, input_scales=_static_scales(model, chosen, example_inputs, example_kwargs))
+
+
+def apply(
+    model: nn.Module, plan: Plan, *, input_scales: dict[str, Tensor] | None = None, skeleton: bool = False
+) -> nn.Module:
+    """A copy of the model with the plan's parameters packed, sharing every other tensor.
+
+    Args:
+        model: the model that the plan was made for, or one of the same structure.
+        plan: what to pack.
+        input_scales: static activation scale (fp32 []) by module name.
+        skeleton: leave the packed buffers on the meta device, to be filled from a checkpoint.
+
+    Raises:
+        PlanError: a parameter of the plan is missing or of another shape.
+    """
+    by_module: dict[str, dict[str, Decision]] = defaultdict(dict)
+    for decision in plan.quantized:
+        for name in (decision.site.parameter, *decision.site.tied):
+            module, _, attribute = name.rpartition(".")
+            by_module[module].setdefault(attribute, decision)
+    _check(model, by_module)
+    result = _sharing_copy(model)
+    encoded: dict[int, tuple[nvfp4.NVFP4, PackedSpec]] = {}  # a tied tensor is quantized once
+    scales = {} if skeleton else _shared_scales(result, plan.quantized)
+    for path, decisions in by_module.items():
+        module = result.get_submodule(path)
+        stored = {}
+        for attribute, decision in decisions.items():
+            dense = module._parameters[attribute]
+            assert dense is not None and decision.spec is not None
+            if id(dense) not in encoded:
+                spec = PackedSpec(
+                    shape=tuple(dense.shape),
+                    order=decision.site.order,
+                    groups=decision.site.groups,
+                    dtype=dense.dtype,
+                    scale_rule=decision.spec.scale_rule,
+                    block=decision.spec.block,
+                )
+                source = dense.to("meta") if skeleton else dense
+                name = decision.site.parameter
+                encoded[id(dense)] = encode(source, spec, name, scales.get(name))
+            stored[attribute] = encoded[id(dense)]
+        activations = _activations(path, plan)
+        pack(module, stored, activations, _input_scale(path, activations, input_scales, skeleton))
+    remember_plan(result, plan)
+    return result
+
+
+def _activations(path: str, plan: Plan) -> Activations:
+    """What the module at `path` does to its own input: of a tied tensor's uses, the one that runs in this module counts."""
+    uses = (d.spec for d in plan.quantized if d.spec is not None and d.site.own_input and d.site.called_in == path)
+    return next((spec.activations for spec in uses), None)
+
+
+def _input_scale(path: str, activations: Activations, scales: dict[str, Tensor] | None, skeleton: bool) -> Tensor | None:
+    if activations != "nvfp4-static":
+        return None
+    if skeleton:
+        return torch.empty((), device="meta")
+    if scales is None or path not in scales:
+        raise PlanError(f"{path}: activations='nvfp4-static' needs a measured scale; pass example_inputs to fp4fx.quantize")
+    return scales[path]
+
+
+def _check(model: nn.Module, by_module: dict[str, dict[str, Decision]]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, decisions in by_module.items():
+        for attribute, decision in decisions.items():
+            module = modules.get(path)
+            parameter = None if module is None else module._parameters.get(attribute)
+            name = f"{path}.{attribute}" if path else attribute
+            if parameter is None:
+                raise PlanError(f"{name}: the plan packs it, but this model has no such parameter; make a plan for this model")
+            if tuple(parameter.shape) != decision.site.shape:
+                raise PlanError(f"{name}: found shape {tuple(parameter.shape)}, the plan expects {decision.site.shape}")
+
+
+def _sharing_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of the module structure with every tensor shared: aliases, bound methods and hooks keep their meaning."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held: Iterable[Any] = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
+        memo.update({id(value): value for value in held if isinstance(value, Tensor)})
+    return copy.deepcopy(model, memo)
+
+
+def _shared_scales(model: nn.Module, decisions: tuple[Decision, ...]) -> dict[str, Tensor]:
+    """One global scale for linear layers that read the same activation (q/k/v, gate/up): servers fuse such layers into one."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    families: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for d in decisions:
+        if d.site.op == "linear" and d.site.activation >= 0:
+            families[d.site.activation][d.site.parameter] = parameters[d.site.parameter]
+    scales = {}
+    for family in families.values():
+        if len(family) > 1 and not any(p.is_meta for p in family.values()):
+            for name, p in family.items():
+                nvfp4.check_finite(p.detach(), name)
+            largest = max(family.values(), key=lambda p: float(p.detach().abs().amax()))
+            shared = nvfp4.global_scale(largest.detach())
+            scales.update(dict.fromkeys(family, shared))
+    return scales
+
+
+def _raise_on_fallback(plan: Plan) -> None:
+    """Refuse a plan in which something could not be had as the policy asks for it."""
+    refused = [f"{d.site.parameter}: {d.reason}" for d in plan.decisions if d.rule == "refusal"]
+    weight_only = [f"{d.site.parameter}: weight only: {d.spec.weight_only_reason}"
+                   for d in plan.quantized if d.spec is not None and d.spec.weight_only_reason]
+    notes = [f"{n.name}: {n.reason}" for n in (*plan.unreached, *plan.opaque)]
+    if refused or weight_only or notes:
+        raise FallbackError("on_fallback='raise' and the plan falls back: " + "; ".join([*refused, *weight_only, *notes]))
+
+
+@torch.no_grad()
+def _static_scales(model: nn.Module, plan: Plan, inputs: Any, kwargs: dict[str, Any] | None) -> dict[str, Tensor]:
+    """Activation scales measured on one forward of the original model: largest finite magnitude × HEADROOM / 2688."""
+    names = {d.site.called_in for d in plan.quantized if d.spec is not None and d.spec.activations == "nvfp4-static"}
+    if not names:
+        return {}
+    if inputs is None and kwargs is None:
+        raise PlanError("activations='nvfp4-static': found no example_inputs, expected inputs of one forward to measure on")
+    if model.training:
+        raise PlanError("activations='nvfp4-static': found a model in training mode, expected evaluation; call model.eval()")
+    scales: dict[str, Tensor] = {}
+
+    def observe(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen = nvfp4.global_scale(args[0].detach()) * HEADROOM
+            scales[name] = torch.maximum(scales[name], seen) if name in scales else seen
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(observe(name)) for name in sorted(names)]
+    try:
+        model(*(inputs if isinstance(inputs, tuple | list) else () if inputs is None else (inputs,)), **(kwargs or {}))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return scales
+
+
+def packed_modules(model: nn.Module) -> dict[str, Packed]:
+    """The packed modules of a model by qualified name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Packed)}
