@@ -1,0 +1,113 @@
+"""The torch.compile backend "fp4fx": passes over the captured graph, then Inductor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fp4fx import capture, ops
+from fp4fx.errors import BackendError, FallbackError
+from fp4fx.lowering import ATTRIBUTE, Lowering
+from fp4fx.passes import PASSES
+from fp4fx.pipeline import Context, Folded, run
+from fp4fx.policy import Policy
+
+log = logging.getLogger(__name__)
+
+
+def fp4fx(
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> capture.CompiledGraph:
+    """Compile a captured graph: `torch.compile(model, backend="fp4fx", mode=..., options={...})`.
+
+    Args:
+        gm: the graph that Dynamo captured.
+        example_inputs: its inputs.
+        mode: as for Inductor ("reduce-overhead", "max-autotune", ...).
+        options: `policy` (a Policy, for a model that was never quantized), `on_fallback` ("report" or "raise"), and any option of
+            Inductor's configuration.
+        name: the name given to torch.compile, for logs.
+
+    Raises:
+        BackendError: an option is unknown.
+        FallbackError: with on_fallback="raise", something could not be fused or ran on another kernel than the first choice.
+    """
+    policy, on_fallback, patches = _read_options(options or {}, mode)
+    capture.never_fold(torch.ops.fp4fx.dequantize.default)
+    freezing = capture.freezing(patches)
+    if freezing:
+        patches = {**capture.UNCACHED, **patches}
+    ctx = Context(real=capture.real_tensors(gm, example_inputs), policy=policy, freezing=freezing)
+    counts = run(gm, ctx, PASSES)
+    log.info("%s: %s", name or "graph", ", ".join(f"{k} {v}" for k, v in counts.items() if v) or "nothing to do")
+    _tell(ctx)
+    if on_fallback == "raise":
+        _raise_on_fallback(ctx)
+    return _refolding(capture.lower(gm, example_inputs, patches), ctx.folded)
+
+
+def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Policy | None, str, dict[str, Any]]:
+    patches = capture.inductor_options(mode)
+    policy, on_fallback = options.get("policy"), options.get("on_fallback")
+    if policy is not None and not isinstance(policy, Policy):
+        raise BackendError(f"options['policy']: found {type(policy).__name__}, expected fp4fx.Policy")
+    if on_fallback not in (None, "report", "raise"):
+        raise BackendError(f"options['on_fallback']: found {on_fallback!r}, expected 'report' or 'raise'")
+    for key, value in options.items():
+        if key in ("policy", "on_fallback"):
+            continue
+        if not capture.is_inductor_option(key):
+            raise BackendError(f"options[{key!r}]: expected 'policy', 'on_fallback' or an option of torch._inductor.config")
+        patches[key] = value
+    return policy, on_fallback or (policy.on_fallback if policy else "report"), patches
+
+
+def _tell(ctx: Context) -> None:
+    """Leave on every stored tensor how it is used, for `fp4fx.report`."""
+    notes: dict[int, tuple[Tensor, list[Lowering]]] = {}
+    for stored, lowering in ctx.lowerings:
+        if stored is not None:
+            notes.setdefault(id(stored), (stored, []))[1].append(lowering)
+    for stored, lowerings in notes.values():
+        setattr(stored, ATTRIBUTE, tuple(lowerings))
+    for parameter, decision in ctx.decisions:
+        parameter.fp4fx_decision = decision  # type: ignore[attr-defined]
+
+
+def _raise_on_fallback(ctx: Context) -> None:
+    refused = [f"fp4fx::{low.op}: {reason}" for _, low in ctx.lowerings for reason in low.refusals]
+    weight_only = [
+        f"{d.site.parameter}: weight only: {d.spec.weight_only_reason}"
+        for _, d in ctx.decisions
+        if d.spec is not None and d.spec.weight_only_reason
+    ]
+    if refused or weight_only:
+        raise FallbackError("on_fallback='raise' and this graph falls back: " + "; ".join([*weight_only, *refused]))
+
+
+def _refolding(compiled: capture.CompiledGraph, folded: list[Folded]) -> capture.CompiledGraph:
+    """Encode a parameter anew when it was written to since it was quantized: an optimizer step or load_state_dict between calls."""
+    watched = [(f, [f.parameter._version]) for f in folded if not f.parameter.is_inference()]
+    if not watched:
+        return compiled
+
+    def call(*args: Any) -> Any:
+        for f, seen in watched:
+            if f.parameter._version != seen[0]:
+                seen[0] = f.parameter._version
+                with torch.no_grad():
+                    for part, fresh in zip(f.parts, ops.quantize(f.parameter.detach(), *f.arguments), strict=True):
+                        part.copy_(fresh)
+        return compiled(*args)
+
+    return call

@@ -1,0 +1,238 @@
+"""The graph as torch.compile captures it, and the only home of private torch imports.
+
+The level is the Dynamo graph: `aten.linear` is not decomposed there, operators still have their autograd, and parameters are placeholders
+(or attributes, under Inductor's freezing). Every tensor node carries its fake value.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._logging import trace_structured
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+CompiledGraph = Callable[..., Any]
+
+
+def value(node: Node) -> Any:
+    """The fake value that a node stands for (a FakeTensor, a SymInt, a tuple of them), or None if it has none."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def fake_mode(gm: GraphModule) -> FakeTensorMode:
+    """The fake mode of the graph's values (by now the tracing context holds another one, meant for the backend's own tracing)."""
+    values = (value(node) for node in gm.graph.nodes)
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
+
+
+def emit(
+    gm: GraphModule, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, like: Node
+) -> Node:
+    """Add a call before `like`, on its behalf: same module stack and stack trace, with its fake value computed."""
+    with gm.graph.inserting_before(like):
+        node = gm.graph.call_function(target, tuple(args), dict(kwargs or {}))
+    node.meta = {k: v for k, v in like.meta.items() if k not in ("example_value", "val")}
+    refresh(gm, node)
+    return node
+
+
+def refresh(gm: GraphModule, node: Node) -> None:
+    """Compute the fake value of a call anew; a bad call fails here, at compile time."""
+    args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), value)
+    assert callable(node.target)
+    with fake_mode(gm):
+        node.meta["example_value"] = node.target(*args, **kwargs)
+
+
+def real_tensors(gm: GraphModule, example_inputs: Sequence[Any]) -> dict[Node, Tensor]:
+    """The real tensor behind every parameter and buffer of the graph, whether a placeholder or an attribute."""
+    found: dict[Node, Tensor] = {}
+    for node, example in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if isinstance(example, Tensor) and (isinstance(example, torch.nn.Parameter) or _is_static(node)):
+            found[node] = example
+    for node in gm.graph.find_nodes(op="get_attr"):
+        attribute = _attribute(gm, str(node.target))
+        if isinstance(attribute, Tensor):
+            found[node] = attribute
+    return found
+
+
+def _is_static(node: Node) -> bool:
+    return bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
+
+
+def _attribute(gm: GraphModule, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(gm.get_submodule(owner), name, None)
+
+
+_STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)(?=\.|\[|$)|\[(\d+)\]")
+
+
+def parameter_name(gm: GraphModule, node: Node) -> str:
+    """The qualified name, within the compiled module, of the parameter that a node stands for."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        source = getattr(gm, "_param_name_to_source", {}).get(str(node.target))
+    if source is None:
+        return str(node.target)
+    text = source.name if isinstance(source.name, str) else source.name()
+    steps = [a or b or c for a, b, c in _STEP.findall(text)]
+    return ".".join(steps) or text
+
+
+def module_classes(gm: GraphModule) -> dict[str, type]:
+    """The class of every module that ran an op of the graph, by qualified name."""
+    stacks = (node.meta.get("nn_module_stack") or {} for node in gm.graph.nodes)
+    return {re.sub(r"^L\['\w+'\]\.?", "", str(path)): cls for stack in stacks for path, cls in stack.values() if isinstance(cls, type)}
+
+
+def add_constant(gm: GraphModule, name: str, tensor: Tensor) -> Node:
+    """Hold a tensor as an attribute of the graph module; returns its get_attr node, placed before the first call."""
+    gm.register_buffer(name, tensor)
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is not None:
+        from torch._dynamo.source import ConstantSource
+
+        # AOTAutograd asks for the origin of every attribute of a graph that Dynamo made
+        sources[name] = ConstantSource(name)
+    first = next(n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    with gm.graph.inserting_before(first):
+        node = gm.graph.get_attr(name)
+    node.meta["example_value"] = fake_mode(gm).from_tensor(tensor, static_shapes=True)
+    return node
+
+
+def inline(gm: GraphModule, node: Node) -> None:
+    """Replace a call by the pre-dispatch ATen graph of what it does."""
+    flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+    inputs = [a for a in flat if isinstance(a, Node)]
+
+    def run(*values: Any) -> Any:
+        given = iter(values)
+        args, kwargs = pytree.tree_unflatten([next(given) if isinstance(a, Node) else a for a in flat], spec)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with fake_mode(gm):
+        traced = make_fx(run, pre_dispatch=True)(*map(value, inputs))
+    copies: dict[Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    for inner in traced.graph.nodes:
+        if inner.op == "get_attr":
+            copies[inner] = add_constant(gm, f"{node.name}_{inner.target}", _attribute(traced, inner.target))
+        elif inner.op == "call_function":
+            with gm.graph.inserting_before(node):
+                copies[inner] = gm.graph.node_copy(inner, lambda n: copies[n])
+            copies[inner].meta = {**node.meta, "example_value": inner.meta.get("val")}
+    (result,) = traced.graph.output_node().args
+    _replace_structure(node, torch.fx.map_arg(result, lambda n: copies[n]))
+
+
+def _replace_structure(node: Node, result: Any) -> None:
+    """Let the users of a call read its result, which may be a tuple that they index."""
+    if isinstance(result, Node):
+        node.replace_all_uses_with(result)
+    else:
+        for user in list(node.users):
+            index = user.args[1]
+            chosen = result[index]
+            if isinstance(chosen, Node):
+                user.replace_all_uses_with(chosen)
+                user.graph.erase_node(user)
+    if not node.users:
+        node.graph.erase_node(node)
+
+
+def eliminate_dead_code(gm: GraphModule) -> None:
+    """Remove unused calls that are known to be pure. FX alone would remove a `y.relu_()` whose result nobody reads."""
+
+    def impure(node: Node) -> bool:
+        if node.op == "get_attr" or node.target is operator.getitem:
+            return False
+        return not isinstance(node.target, OpOverload) or node.is_impure()
+
+    gm.graph.eliminate_dead_code(is_impure_node=impure)
+
+
+def storages(values: Iterable[Any]) -> set[int]:
+    """Identities of the storages behind fake tensors; two that share one alias each other."""
+    return {v.untyped_storage()._cdata for v in pytree.tree_leaves(tuple(values)) if isinstance(v, Tensor)}
+
+
+def mutated(node: Node) -> set[int]:
+    """Storages that a call writes to: by schema where there is one, by Python's naming convention otherwise."""
+    written: list[Any] = []
+    if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
+        written = [node.args[0]]
+    elif node.op == "call_function":
+        schema = getattr(node.target, "_schema", None)
+        name = getattr(node.target, "__name__", "")
+        if schema is not None:
+            names = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+            order = [a.name for a in schema.arguments]
+            given = {**dict(zip(order, node.args, strict=False)), **node.kwargs}
+            written = [given[n] for n in names if n in given]
+        elif name.endswith("_") or node.kwargs.get("inplace") or name in ("iadd", "isub", "imul", "itruediv", "setitem"):
+            written = list(node.args[:1])
+        if "out" in node.kwargs:
+            written.append(node.kwargs["out"])
+    return storages(value(n) for n in pytree.tree_leaves(written) if isinstance(n, Node))
+
+
+def freezing(options: Mapping[str, Any]) -> bool:
+    """Whether Inductor, under these options, will freeze parameters and fold what is computed from them alone."""
+    import torch._inductor.config
+
+    return bool(options.get("freezing", torch._inductor.config.freezing)) and not torch.is_grad_enabled()
+
+
+UNCACHED: Mapping[str, Any] = {"fx_graph_cache": False}
+"""Inductor options under freezing. Its cache keys leave out the value of a frozen 0-dim tensor, which is then written into the code: two
+models that differ in their global scales only would share one artifact (seen with torch 2.15)."""
+
+
+def never_fold(op: Any) -> None:
+    """Tell Inductor's constant folding to leave an op alone, so that packed weights stay packed under freezing."""
+    from torch._inductor.constant_folding import _dont_constant_fold, add_dont_constant_fold
+
+    if op not in _dont_constant_fold:
+        add_dont_constant_fold(op)
+
+
+def inductor_options(mode: str | None) -> dict[str, Any]:
+    """What a `mode` of torch.compile means to Inductor."""
+    import torch._inductor
+
+    return dict(torch._inductor.list_mode_options(mode)) if mode else {}
+
+
+def is_inductor_option(name: str) -> bool:
+    """Whether Inductor's configuration has an entry of that name."""
+    import torch._inductor.config
+
+    return name.replace("-", "_") in torch._inductor.config.shallow_copy_dict()
+
+
+def lower(gm: GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]) -> CompiledGraph:
+    """Hand a graph to Inductor."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: CompiledGraph = compile_fx(gm, list(example_inputs), config_patches=dict(options) or None)
+    return compiled
+
+
+def dump(gm: GraphModule, name: str) -> None:
+    """Write the graph to the structured log that `TORCH_TRACE` collects."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: gm.print_readable(print_output=False, include_stride=True),
+    )

@@ -1,0 +1,28 @@
+"""The op's body opened into the compiled graph: Inductor fuses the decoding into one loop and calls the library's matmul or convolution.
+
+The dense weight exists only inside the call. Where Inductor freezes parameters it would fold that loop into a dense constant, so there
+this kernel refuses.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from fp4fx import ops
+from fp4fx.registry import Kernel, Request
+
+_OPS = frozenset(ops.__all__) - {"fake_quantize"}  # which needs its own op for the straight-through gradient
+
+
+def _refuse(request: Request) -> str | None:
+    if request.freezing:
+        return "Inductor's freezing would fold the decoded weight back to a dense constant"
+    return None
+
+
+def _lower(node: Node) -> None:
+    name = node.target._opname  # type: ignore[union-attr]
+    node.target = getattr(ops, name)
+
+
+KERNEL = Kernel(name="inductor", ops=_OPS, refuse=_refuse, lower=_lower)

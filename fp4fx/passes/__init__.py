@@ -1,0 +1,26 @@
+"""The passes of the compiler, in the one order they run, with the reason for each place."""
+
+from fp4fx.passes.canonicalize import canonicalize
+from fp4fx.passes.expose_qdq import expose_qdq
+from fp4fx.passes.fold_weights import fold_weights
+from fp4fx.passes.fuse_conv import fuse_conv
+from fp4fx.passes.fuse_embedding import fuse_embedding
+from fp4fx.passes.fuse_linear import fuse_linear
+from fp4fx.passes.insert_qdq import insert_qdq
+from fp4fx.passes.merge_qdq import merge_qdq
+from fp4fx.passes.open_attention import open_attention
+from fp4fx.passes.select_kernels import select_kernels
+from fp4fx.pipeline import Dialect, Pass
+
+PASSES: tuple[Pass, ...] = (
+    Pass(open_attention, "first: it uncovers linears that all later passes want to see"),
+    Pass(canonicalize, "one spelling per op, so that every later pass matches one target"),
+    Pass(insert_qdq, "needs canonical ops to find sites; does nothing for a model that is quantized already"),
+    Pass(expose_qdq, "splits fake_quantize where no gradient flows, so that halves can be shared and folded", Dialect.QDQ),
+    Pass(merge_qdq, "before fusion, while equal quantizes are still separate nodes"),
+    Pass(fold_weights, "after merging, so that a shared weight is stored once", Dialect.QDQ),
+    Pass(fuse_linear, "from here on a dequantize disappears into the op that reads it"),
+    Pass(fuse_conv, "independent of the other fusions"),
+    Pass(fuse_embedding, "independent of the other fusions", Dialect.FUSED),
+    Pass(select_kernels, "last: chooses an implementation for every fp4fx op that is left"),
+)

@@ -1,0 +1,26 @@
+"""One spelling per op."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from fp4fx.canonical import canonical
+from fp4fx.pipeline import Context
+
+
+def canonicalize(gm: GraphModule, ctx: Context) -> int:
+    """Spell calls as ATen overloads with all arguments in the schema's order.
+
+    Before: `torch.conv2d(x, w, b, stride=2)`, `torch._C._nn.linear(x, w)`, `F.embedding(i, w)`
+    After: `aten.conv2d(x, w, b, [2, 2], [0, 0], [1, 1], 1)`, `aten.linear(x, w, None)`, `aten.embedding(w, i, -1, False, False)`
+    """
+    rewrites = 0
+    for node in gm.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        call = canonical(node.target, node.args, node.kwargs)
+        if call is not None:
+            node.op = "call_function"
+            node.target, node.args, node.kwargs = call
+            rewrites += 1
+    return rewrites

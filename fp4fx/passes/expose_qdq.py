@@ -1,0 +1,42 @@
+"""fake_quantize split into its two halves."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import GraphModule
+
+from fp4fx.capture import emit, value
+from fp4fx.pipeline import Context, op_name
+
+quantize = torch.ops.fp4fx.quantize.default
+dequantize = torch.ops.fp4fx.dequantize.default
+
+
+def expose_qdq(gm: GraphModule, ctx: Context) -> int:
+    """Split fake_quantize where nothing needs its gradient; where something does, it stays whole, straight through.
+
+    Before: `y = fp4fx.fake_quantize(x, g, order, groups, ...)`
+    After: `p, s, g = fp4fx.quantize(x, g, order, groups, ...)`, `y = fp4fx.dequantize(p, s, g, x.shape, x.dtype, order, groups)`
+    """
+    rewrites = 0
+    for node in gm.graph.nodes:
+        if op_name(node) != "fake_quantize" or value(node).requires_grad:
+            continue
+        x, global_scale, order, groups, *rest = (*node.args, *_DEFAULTS[len(node.args) :])
+        whole = emit(gm, quantize, (x, global_scale, order, groups, *rest), like=node)
+        parts = [emit(gm, operator.getitem, (whole, i), like=node) for i in range(3)]
+        shape = list(value(x).shape)
+        if any(isinstance(size, torch.SymInt) for size in shape):
+            shape = [
+                emit(gm, torch.ops.aten.sym_size.int, (x, dim), like=node) if isinstance(size, torch.SymInt) else size
+                for dim, size in enumerate(shape)
+            ]
+        dense = emit(gm, dequantize, (*parts, shape, value(x).dtype, order, groups), like=node)
+        node.replace_all_uses_with(dense)
+        rewrites += 1
+    return rewrites
+
+
+_DEFAULTS = (None, None, "rows", 1, "max", 1)

@@ -1,0 +1,69 @@
+"""An implementation for every fp4fx op."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fp4fx.capture import OpOverload, value
+from fp4fx.kernels import KERNELS
+from fp4fx.lowering import Lowering
+from fp4fx.pipeline import Context, op_name
+from fp4fx.registry import Request, select
+
+
+def select_kernels(gm: GraphModule, ctx: Context) -> int:
+    """Give every fp4fx op the first kernel that takes it, and note the choice and the refusals.
+
+    Before: `fp4fx.linear(x, p, s, g, bias, K)`
+    After: the same call on the kernel's own target
+    """
+    rewrites = 0
+    for node in gm.graph.nodes:
+        name = op_name(node)
+        if name is None:
+            continue
+        stored = _stored(node, name, ctx)
+        kernel, refusals = select(_request(node, name, ctx, frozen=stored is not None), KERNELS)
+        if name == "dequantize" and stored is not None:
+            readers = sorted({_spelling(user) for user in node.users})
+            reason = ctx.refusals.get(node, f"its decoded value is read by {', '.join(readers)}")
+            refusals = (f"fusion: {reason}", *refusals)
+        ctx.lowerings.append((stored, Lowering(name, kernel.name, refusals)))
+        kernel.lower(node)
+        rewrites += 1
+    return rewrites
+
+
+_PACKED = {"linear": 1, "conv": 1, "conv_transpose": 1, "embedding": 1, "dequantize": 0, "quantize": 0, "fake_quantize": 0}
+"""Where an op takes its stored weight."""
+
+
+def _stored(node: Node, name: str, ctx: Context) -> Tensor | None:
+    operand: Any = node.args[_PACKED[name]]
+    if operand.target is operator.getitem and op_name(operand.args[0]) == "quantize":
+        operand = operand.args[0].args[0]  # quantized on every call: the parameter itself
+    return ctx.real.get(operand)
+
+
+def _request(node: Node, name: str, ctx: Context, *, frozen: bool) -> Request:
+    result = value(node)
+    result = result[0] if isinstance(result, tuple) else result
+    packed: Any = value(node.args[_PACKED[name]])
+    last = packed.shape[-1] * 2 if packed.dtype.itemsize == 1 else packed.shape[-1]
+    return Request(
+        op=name,
+        device=result.device.type,
+        dtype=result.dtype,
+        n=packed.shape[0] if packed.dim() else 1,
+        k=last,
+        quantized_input=len(node.args) > 8 and isinstance(value(node.args[0]), Tensor) and value(node.args[0]).dtype.itemsize == 1,
+        freezing=ctx.freezing and frozen,
+    )
+
+
+def _spelling(node: Node) -> str:
+    return str(node.target) if isinstance(node.target, OpOverload | str) else getattr(node.target, "__name__", node.name)

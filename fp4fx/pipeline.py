@@ -1,0 +1,138 @@
+"""Runs the passes over a graph: observe, eliminate dead code, lint, verify the dialect, log, dump."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fp4fx import capture
+from fp4fx.errors import Error, PassError
+from fp4fx.lowering import Lowering
+from fp4fx.plan import Decision
+from fp4fx.policy import Policy
+
+log = logging.getLogger(__name__)
+
+
+class Dialect(Enum):
+    """What kinds of fp4fx ops a graph may hold."""
+
+    ATEN = "no fp4fx op"
+    QDQ = "quantize, dequantize and fake_quantize only"
+    FUSED = "fused ops; no dequantize next to an op that could have eaten it"
+
+
+@dataclass
+class Context:
+    """What the passes know beside the graph, and what they found out."""
+
+    real: Mapping[Node, Tensor]
+    """The real tensor behind every parameter and buffer."""
+    policy: Policy | None = None
+    """For a model that was never quantized."""
+    freezing: bool = False
+    refusals: dict[Node, str] = field(default_factory=dict)
+    """Why a decoded weight or activation could not be eaten by the op that reads it, by dequantize node."""
+    folded: list[Folded] = field(default_factory=list)
+    decisions: list[tuple[Tensor, Decision]] = field(default_factory=list)
+    """What the policy decided, by parameter, for a model that was never quantized."""
+    lowerings: list[tuple[Tensor | None, Lowering]] = field(default_factory=list)
+    """How every fp4fx op is run, by the packed buffer or parameter it stores; None for an activation's."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A parameter that was quantized at compile time, to be encoded anew when it changes."""
+
+    parameter: Tensor
+    parts: tuple[Tensor, Tensor, Tensor]
+    arguments: tuple[Any, ...]
+    """What `fp4fx::quantize` takes after x."""
+
+
+Rewrite = Callable[[GraphModule, Context], int]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite and its place: why it stands where it stands, and the dialect it leaves behind."""
+
+    rewrite: Rewrite
+    reason: str
+    leaves: Dialect | None = None
+
+    @property
+    def name(self) -> str:
+        """The rewrite's own name."""
+        return self.rewrite.__name__
+
+
+def run(gm: GraphModule, ctx: Context, passes: Sequence[Pass]) -> dict[str, int]:
+    """Apply the passes in order; returns the number of rewrites of each.
+
+    Raises:
+        PassError: a pass failed or left an invalid graph; names it and the passes that ran before.
+    """
+    counts: dict[str, int] = {}
+    for step in passes:
+        try:
+            counts[step.name] = step.rewrite(gm, ctx)
+            capture.eliminate_dead_code(gm)
+            gm.graph.lint()
+            if step.leaves is not None:
+                verify(gm, ctx, step.leaves)
+        except Error:
+            raise
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            before = ", ".join(counts) or "none"
+            raise PassError(f"pass {step.name} failed: {type(error).__name__}: {error} (passes before it: {before})") from error
+        log.debug("%s: %d rewrites", step.name, counts[step.name])
+        if counts[step.name]:
+            capture.dump(gm, f"fp4fx_{step.name}")
+    gm.recompile()
+    return counts
+
+
+_EATERS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding")
+_QDQ = ("quantize", "dequantize", "fake_quantize")
+
+
+def verify(gm: GraphModule, ctx: Context, dialect: Dialect) -> None:
+    """Refuse a graph that is not of the dialect.
+
+    Raises:
+        PassError: names the offending node.
+    """
+    for node in gm.graph.nodes:
+        name = op_name(node)
+        if name is None:
+            continue
+        if dialect is Dialect.ATEN or (dialect is Dialect.QDQ and name not in _QDQ):
+            raise PassError(f"{node.format_node()} in a graph that may hold {dialect.value}")
+        if dialect is Dialect.FUSED and name == "dequantize" and node not in ctx.refusals:
+            eater = next((user for user in node.users if aten_name(user) in _EATERS), None)
+            if eater is not None:
+                raise PassError(f"{node} was not fused into {eater} and no reason was given")
+
+
+def op_name(node: Node) -> str | None:
+    """The name under `fp4fx::` of the op that a node calls, or None."""
+    return _name_in(node, "fp4fx")
+
+
+def aten_name(node: Node) -> str | None:
+    """The name under `aten::` of the op that a node calls, or None."""
+    return _name_in(node, "aten")
+
+
+def _name_in(node: Node, namespace: str) -> str | None:
+    target = node.target
+    if node.op == "call_function" and isinstance(target, capture.OpOverload) and target.namespace == namespace:
+        return target._opname
+    return None

@@ -1,0 +1,54 @@
+"""What a kernel is, and how one is chosen: the first that does not refuse, in the order of a flat list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a kernel is asked to do; never the batch, which may be dynamic."""
+
+    op: str
+    """Name under `fp4fx::`."""
+    device: str
+    dtype: torch.dtype
+    """Dtype of the result."""
+    n: int
+    k: int
+    quantized_input: bool
+    """The activation arrives packed (W4A4)."""
+    freezing: bool
+    """Inductor's freezing will fold whatever depends on weights alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One way to run an op."""
+
+    name: str
+    ops: frozenset[str]
+    refuse: Callable[[Request], str | None]
+    """Why this kernel cannot take the request, or None."""
+    lower: Callable[[Node], None]
+    """Retargets the node to the kernel."""
+
+
+def select(request: Request, kernels: Sequence[Kernel]) -> tuple[Kernel, tuple[str, ...]]:
+    """The first kernel that takes the request, and what those before it gave as reasons ("name: reason").
+
+    The last kernel of the list takes everything: the op's own body.
+    """
+    refusals: list[str] = []
+    for kernel in kernels:
+        if request.op not in kernel.ops:
+            continue
+        reason = kernel.refuse(request)
+        if reason is None:
+            return kernel, tuple(refusals)
+        refusals.append(f"{kernel.name}: {reason}")
+    raise LookupError(f"no kernel for fp4fx::{request.op}; the reference body must be the last of the list")

@@ -1,0 +1,37 @@
+import torch
+
+from fp4fx import ops
+from fp4fx.passes.canonicalize import canonicalize
+from fp4fx.passes.fuse_linear import fuse_linear
+from fp4fx.passes.select_kernels import select_kernels
+from tests.passes.graphs import Captured, linear
+
+
+def test_the_first_kernel_that_takes_the_op_is_chosen_and_noted():
+    layer = linear()
+    g = Captured(lambda x: layer(x), torch.randn(3, 32))
+    assert g.apply(canonicalize, fuse_linear, select_kernels) == 1
+    assert ops.linear in [n.target for n in g.gm.graph.nodes]
+    ((stored, lowering),) = g.ctx.lowerings
+    assert stored is layer.weight_packed
+    assert (lowering.op, lowering.kernel, lowering.refusals) == ("linear", "inductor", ())
+    g.check()
+
+
+def test_under_freezing_the_packed_op_stays_opaque_and_says_why():
+    layer = linear()
+    g = Captured(lambda x: layer(x), torch.randn(3, 32), freezing=True)
+    g.apply(canonicalize, fuse_linear, select_kernels)
+    assert g.count("fp4fx.linear") == 1
+    ((_, lowering),) = g.ctx.lowerings
+    assert lowering.kernel == "reference" and "freezing" in lowering.refusals[0]
+    g.check()
+
+
+def test_a_weight_that_could_not_be_fused_names_its_reader():
+    layer = linear()
+    g = Captured(lambda x: x @ layer.weight.t(), torch.randn(3, 32))
+    g.apply(canonicalize, fuse_linear, select_kernels)
+    ((_, lowering),) = g.ctx.lowerings
+    assert lowering.op == "dequantize" and "read by aten.t" in lowering.refusals[0]
+    g.check()

@@ -1,0 +1,75 @@
+"""Real architectures, one graph each: compiled equals eager, two batch sizes share one artifact, every site explained.
+
+Tolerance: both sides multiply the same decoded fp32 weights and differ only in the order of fp32 sums (round-off 6e-8 each over K up to
+a few thousand terms, through tens of layers), so the largest difference is held to 2e-5 of the largest output.
+"""
+
+import gc
+
+import pytest
+import timm
+import torch
+import torchvision
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fp4fx
+from fp4fx.backend import fp4fx as backend
+from tests.models import UNet
+
+TOLERANCE = 2e-5
+
+
+def llama():
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    model.config.use_cache = False
+    return model
+
+
+def image(size):
+    return lambda batch: torch.randn(batch, 3, size, size)
+
+
+MODELS = {
+    "resnet50": (lambda: timm.create_model("resnet50"), image(224)),
+    "vit_base_patch16_224": (lambda: timm.create_model("vit_base_patch16_224"), image(224)),
+    "beit_base_patch16_224": (lambda: timm.create_model("beit_base_patch16_224"), image(224)),
+    "swinv2_tiny_window8_256": (lambda: timm.create_model("swinv2_tiny_window8_256"), image(256)),
+    "convnext_tiny": (lambda: timm.create_model("convnext_tiny"), image(224)),
+    "torchvision vit_b_16": (lambda: torchvision.models.vit_b_16(), image(224)),
+    "unet": (lambda: UNet(32), image(64)),
+    "llama": (llama, lambda batch: torch.randint(0, 512, (batch, 17))),
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_one_graph_equal_to_eager_for_two_batch_sizes(name):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    make, inputs = MODELS[name]
+    q = fp4fx.quantize(make().eval())
+    graphs = []
+
+    def counting(gm, example_inputs):
+        graphs.append(gm)
+        return backend(gm, example_inputs)
+
+    compiled = torch.compile(q, backend=counting, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        compiled(inputs(2))
+        captured = len(graphs)
+        for batch in (2, 5):
+            x = inputs(batch)
+            expected, found = q(x), compiled(x)
+            expected, found = (y if isinstance(y, torch.Tensor) else y.logits for y in (expected, found))
+            assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert len(graphs) == captured, "another batch size was compiled anew"
+
+    rows = fp4fx.report(q).rows
+    assert all(row.reason for row in rows)
+    quantized = [row for row in rows if row.decision != "kept"]
+    assert quantized and all(row.kernels and row.refusals == () for row in quantized), "a site was not fused"
+    assert not any("dequantize" in kernel for row in quantized for kernel in row.kernels)
+    gc.collect()
