@@ -34,13 +34,13 @@ def fp4fx(
         gm: the graph that Dynamo captured.
         example_inputs: its inputs.
         mode: as for Inductor ("reduce-overhead", "max-autotune", ...).
-        options: `policy` (a Policy, for a model that was never quantized), `on_fallback` ("report" or "raise"), and any option of
-            Inductor's configuration.
+        options: `policy` (a Policy, for a model that was never quantized), `on_fallback` ("report" or "raise"), and any
+            option of Inductor's configuration.
         name: the name given to torch.compile, for logs.
 
     Raises:
         BackendError: an option is unknown.
-        FallbackError: with on_fallback="raise", something could not be fused or ran on another kernel than the first choice.
+        FallbackError: with on_fallback="raise", an op could not be fused or the first choice of kernel refused it.
     """
     policy, on_fallback, patches = _read_options(options or {}, mode)
     capture.never_fold(torch.ops.fp4fx.dequantize.default)
@@ -67,7 +67,9 @@ def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Policy 
         if key in ("policy", "on_fallback"):
             continue
         if not capture.is_inductor_option(key):
-            raise BackendError(f"options[{key!r}]: expected 'policy', 'on_fallback' or an option of torch._inductor.config")
+            raise BackendError(
+                f"options[{key!r}]: expected 'policy', 'on_fallback' or an option of torch._inductor.config"
+            )
         patches[key] = value
     return policy, on_fallback or (policy.on_fallback if policy else "report"), patches
 
@@ -96,7 +98,7 @@ def _raise_on_fallback(ctx: Context) -> None:
 
 
 def _refolding(compiled: capture.CompiledGraph, folded: list[Folded]) -> capture.CompiledGraph:
-    """Encode a parameter anew when it was written to since it was quantized: an optimizer step or load_state_dict between calls."""
+    """Encode a parameter anew if it was written to since it was quantized (optimizer step, load_state_dict)."""
     watched = [(f, [f.parameter._version]) for f in folded if not f.parameter.is_inference()]
     if not watched:
         return compiled

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.fx
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 aten = torch.ops.aten
 

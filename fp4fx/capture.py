@@ -1,7 +1,7 @@
 """The graph as torch.compile captures it, and the only home of private torch imports.
 
-The level is the Dynamo graph: `aten.linear` is not decomposed there, operators still have their autograd, and parameters are placeholders
-(or attributes, under Inductor's freezing). Every tensor node carries its fake value.
+The level is the Dynamo graph: `aten.linear` is not decomposed there, operators still have their autograd, and
+parameters are placeholders (or attributes, under Inductor's freezing). Every tensor node carries its fake value.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._logging import trace_structured
-from torch._ops import OpOverload
+from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 CompiledGraph = Callable[..., Any]
+OpOverload = torch._ops.OpOverload
 
 
 def value(node: Node) -> Any:
@@ -28,14 +28,24 @@ def value(node: Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def arguments(node: Node) -> tuple[Any, ...]:
+    """The positional arguments of a node."""
+    return node.args
+
+
 def fake_mode(gm: GraphModule) -> FakeTensorMode:
-    """The fake mode of the graph's values (by now the tracing context holds another one, meant for the backend's own tracing)."""
+    """The fake mode of the graph's values; by now the tracing context holds another, for the backend's own tracing."""
     values = (value(node) for node in gm.graph.nodes)
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
 
 
 def emit(
-    gm: GraphModule, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, like: Node
+    gm: GraphModule,
+    target: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    like: Node,
 ) -> Node:
     """Add a call before `like`, on its behalf: same module stack and stack trace, with its fake value computed."""
     with gm.graph.inserting_before(like):
@@ -55,10 +65,11 @@ def refresh(gm: GraphModule, node: Node) -> None:
 
 def real_tensors(gm: GraphModule, example_inputs: Sequence[Any]) -> dict[Node, Tensor]:
     """The real tensor behind every parameter and buffer of the graph, whether a placeholder or an attribute."""
-    found: dict[Node, Tensor] = {}
-    for node, example in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        if isinstance(example, Tensor) and (isinstance(example, torch.nn.Parameter) or _is_static(node)):
-            found[node] = example
+    found = {
+        node: example
+        for node, example in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+        if isinstance(example, Tensor) and (isinstance(example, torch.nn.Parameter) or _is_static(node))
+    }
     for node in gm.graph.find_nodes(op="get_attr"):
         attribute = _attribute(gm, str(node.target))
         if isinstance(attribute, Tensor):
@@ -93,7 +104,12 @@ def parameter_name(gm: GraphModule, node: Node) -> str:
 def module_classes(gm: GraphModule) -> dict[str, type]:
     """The class of every module that ran an op of the graph, by qualified name."""
     stacks = (node.meta.get("nn_module_stack") or {} for node in gm.graph.nodes)
-    return {re.sub(r"^L\['\w+'\]\.?", "", str(path)): cls for stack in stacks for path, cls in stack.values() if isinstance(cls, type)}
+    return {
+        re.sub(r"^L\['\w+'\]\.?", "", str(path)): cls
+        for stack in stacks
+        for path, cls in stack.values()
+        if isinstance(cls, type)
+    }
 
 
 def add_constant(gm: GraphModule, name: str, tensor: Tensor) -> Node:
@@ -180,7 +196,9 @@ def mutated(node: Node) -> set[int]:
             order = [a.name for a in schema.arguments]
             given = {**dict(zip(order, node.args, strict=False)), **node.kwargs}
             written = [given[n] for n in names if n in given]
-        elif name.endswith("_") or node.kwargs.get("inplace") or name in ("iadd", "isub", "imul", "itruediv", "setitem"):
+        elif (
+            name.endswith("_") or node.kwargs.get("inplace") or name in ("iadd", "isub", "imul", "itruediv", "setitem")
+        ):
             written = list(node.args[:1])
         if "out" in node.kwargs:
             written.append(node.kwargs["out"])
@@ -195,8 +213,8 @@ def freezing(options: Mapping[str, Any]) -> bool:
 
 
 UNCACHED: Mapping[str, Any] = {"fx_graph_cache": False}
-"""Inductor options under freezing. Its cache keys leave out the value of a frozen 0-dim tensor, which is then written into the code: two
-models that differ in their global scales only would share one artifact (seen with torch 2.15)."""
+"""Inductor options under freezing. Its cache keys leave out the value of a frozen 0-dim tensor, yet write it into the
+code: two models that differ in their global scales only would share one artifact (seen with torch 2.15)."""
 
 
 def never_fold(op: Any) -> None:
@@ -225,8 +243,8 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], options: Mapping[str, 
     """Hand a graph to Inductor."""
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: CompiledGraph = compile_fx(gm, list(example_inputs), config_patches=dict(options) or None)
-    return compiled
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=dict(options) or None)
+    return cast(CompiledGraph, compiled)
 
 
 def dump(gm: GraphModule, name: str) -> None:

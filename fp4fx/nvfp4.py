@@ -104,7 +104,7 @@ def to_rows(x: Tensor, order: Order, groups: int = 1) -> Tensor:
     return torch.unflatten(x, 0, (groups, -1)).movedim(1, -1).reshape(groups * x.shape[1], k)
 
 
-def from_rows(rows: Tensor, shape: torch.Size, order: Order, groups: int = 1) -> Tensor:
+def from_rows(rows: Tensor, shape: torch.Size | tuple[int, ...], order: Order, groups: int = 1) -> Tensor:
     """Rows [..., K] -> tensor of `shape`, any dtype: the inverse of `to_rows`."""
     row_length(shape, order, groups)
     if order == "rows":

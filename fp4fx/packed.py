@@ -1,7 +1,8 @@
-"""Modules with packed parameters: generated subclasses of the user's own classes, in which a parameter is computed from NVFP4 buffers.
+"""Modules with packed parameters: subclasses of the user's own classes, in which a parameter is computed from buffers.
 
-A packed `weight` is a property that dequantizes the buffers `weight_packed`, `weight_scale` (uint8) and `weight_global_scale` (fp32 []).
-Everything else about the module, its class in `isinstance`, its forward, its hooks, stays what it was.
+A packed `weight` is a property that dequantizes the buffers `weight_packed`, `weight_scale` (uint8) and
+`weight_global_scale` (fp32 []). Everything else about the module, its class in `isinstance`, its forward, its hooks,
+stays what it was.
 """
 
 from __future__ import annotations
@@ -51,9 +52,12 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move like any module, but keep the fp32 of global scales and let the computed dtype follow casts."""
-        fp32 = {name: self._buffers[name] for name in (*(f"{n}_global_scale" for n in self.nvfp4), INPUT_SCALE)
-                if name in self._buffers}
-        super()._apply(fn, recurse)
+        fp32 = {
+            name: self._buffers[name]
+            for name in (*(f"{n}_global_scale" for n in self.nvfp4), INPUT_SCALE)
+            if name in self._buffers
+        }
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in fp32.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != torch.float32:
@@ -90,8 +94,9 @@ class Packed(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by recipe, since a generated class has no importable name."""
-        _, _, *state = super().__reduce_ex__(max(int(protocol), 2))
-        return (_blank, (type(self).__bases__[1], tuple(self.nvfp4), self.activations is not None), *state)
+        recipe = super().__reduce_ex__(max(int(protocol), 2))
+        assert isinstance(recipe, tuple)
+        return (_blank, (type(self).__bases__[1], tuple(self.nvfp4), self.activations is not None), *recipe[2:])
 
     def extra_repr(self) -> str:
         """The class's own description and what is packed."""
@@ -148,9 +153,16 @@ def _quantizing_forward(base: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-@functools.cache
 def class_for(base: type[nn.Module], names: tuple[str, ...], quantizes_input: bool) -> type[Packed]:
-    """The subclass of `base` in which the named parameters are packed and, if asked, the input is quantized first."""
+    """The subclass of `base` in which the named parameters are packed and, if asked, the input is quantized first.
+
+    The same class for the same arguments, which pickles, copies and compiled graphs rely on.
+    """
+    return _class_for(base, names, quantizes_input)  # type: ignore[arg-type]  # a type hashes, whatever its instances do
+
+
+@functools.cache
+def _class_for(base: type[nn.Module], names: tuple[str, ...], quantizes_input: bool) -> type[Packed]:
     body: dict[str, Any] = {name: _computed(name) for name in names}
     if quantizes_input:
         body["forward"] = _quantizing_forward(base)
@@ -166,7 +178,7 @@ def _blank(base: type[nn.Module], names: tuple[str, ...], quantizes_input: bool)
 def encode(
     dense: Tensor, spec: PackedSpec, path: str, global_scale: Tensor | None = None
 ) -> tuple[nvfp4.NVFP4, PackedSpec]:
-    """Quantize a dense parameter as its spec says; returns the codes and the spec with their SQNR. `path` names it in errors."""
+    """Quantize a dense parameter as its spec says: the codes, and the spec with their SQNR. `path` is for errors."""
     dense = dense.detach()
     if dense.is_meta:
         sqnr = None
@@ -191,7 +203,7 @@ def pack(
     activations: Activations = None,
     input_scale: Tensor | None = None,
 ) -> None:
-    """Turn `module` in place into its packed class: the named parameters become buffers, `input_scale` a static activation scale."""
+    """Turn `module` in place into its packed class; `input_scale` is the static scale of its activations, if any."""
     module.__class__ = class_for(type(module), tuple(stored), activations is not None)
     module.__dict__["nvfp4"] = {name: spec for name, (_, spec) in stored.items()}
     module.__dict__["activations"] = activations

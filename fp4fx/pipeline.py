@@ -91,7 +91,9 @@ def run(gm: GraphModule, ctx: Context, passes: Sequence[Pass]) -> dict[str, int]
             raise
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             before = ", ".join(counts) or "none"
-            raise PassError(f"pass {step.name} failed: {type(error).__name__}: {error} (passes before it: {before})") from error
+            raise PassError(
+                f"pass {step.name} failed: {type(error).__name__}: {error} (passes before it: {before})"
+            ) from error
         log.debug("%s: %d rewrites", step.name, counts[step.name])
         if counts[step.name]:
             capture.dump(gm, f"fp4fx_{step.name}")
@@ -99,7 +101,16 @@ def run(gm: GraphModule, ctx: Context, passes: Sequence[Pass]) -> dict[str, int]
     return counts
 
 
-_EATERS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding")
+_EATERS = (
+    "linear",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "embedding",
+)
 _QDQ = ("quantize", "dequantize", "fake_quantize")
 
 

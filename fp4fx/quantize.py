@@ -1,4 +1,4 @@
-"""Plan -> a model with packed weights. The original is left as it was; every tensor that is not quantized is shared with it."""
+"""Plan -> a model with packed weights. The original is left as it was and shares every tensor that is not quantized."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fp4fx import nvfp4
 from fp4fx.errors import FallbackError, PlanError
-from fp4fx.packed import Activations, Packed, PackedSpec, encode, pack, plan_of, remember_plan
+from fp4fx.packed import STOCK, Activations, Packed, PackedSpec, encode, pack, plan_of, remember_plan
 from fp4fx.plan import Decision, Plan, plan
 from fp4fx.policy import Policy
 
 HEADROOM = 8.0
-"""A static activation scale is this much larger than the largest value seen: too large costs nothing, too small saturates."""
+"""A static activation scale exceeds the largest value seen this much: too large costs nothing, too small saturates."""
 
 
 def quantize(
@@ -31,13 +31,13 @@ def quantize(
     Args:
         model: any module; stays as it was and goes on working.
         policy: what to quantize and how; `Policy()` if None.
-        example_inputs: a tensor or tuple of tensors for one forward; makes the trace exact (torch.export) and is required by
-            `activations="nvfp4-static"`, whose scales are measured on it.
+        example_inputs: a tensor or tuple of tensors for one forward; makes the trace exact (torch.export) and is
+            required by `activations="nvfp4-static"`, whose scales are measured on it.
         example_kwargs: keyword arguments of that forward.
 
     Raises:
         fp4fx.FallbackError: with `on_fallback="raise"`, something cannot be had as the policy asks for it.
-        fp4fx.Error: the policy does not fit the model, a weight holds NaN or Inf (named), or the model cannot be traced.
+        fp4fx.Error: the policy does not fit the model, a weight holds NaN or Inf, or the model cannot be traced.
     """
     if not isinstance(model, nn.Module) or plan_of(model) is not None:
         found = "an already quantized model" if isinstance(model, nn.Module) else type(model).__name__
@@ -65,14 +65,16 @@ def apply(
     by_module: dict[str, dict[str, Decision]] = defaultdict(dict)
     for decision in plan.quantized:
         for name in (decision.site.parameter, *decision.site.tied):
-            module, _, attribute = name.rpartition(".")
-            by_module[module].setdefault(attribute, decision)
-    _check(model, by_module)
+            path, _, attribute = name.rpartition(".")
+            by_module[path].setdefault(attribute, decision)
+    _check(model, plan, by_module)
     result = _sharing_copy(model)
     encoded: dict[int, tuple[nvfp4.NVFP4, PackedSpec]] = {}  # a tied tensor is quantized once
     scales = {} if skeleton else _shared_scales(result, plan.quantized)
     for path, decisions in by_module.items():
         module = result.get_submodule(path)
+        if isinstance(module, Packed):  # the same module under another name
+            continue
         stored = {}
         for attribute, decision in decisions.items():
             dense = module._parameters[attribute]
@@ -97,22 +99,26 @@ def apply(
 
 
 def _activations(path: str, plan: Plan) -> Activations:
-    """What the module at `path` does to its own input: of a tied tensor's uses, the one that runs in this module counts."""
+    """What the module at `path` does to its input: of a tied tensor's uses, the one that runs in it counts."""
     uses = (d.spec for d in plan.quantized if d.spec is not None and d.site.own_input and d.site.called_in == path)
     return next((spec.activations for spec in uses), None)
 
 
-def _input_scale(path: str, activations: Activations, scales: dict[str, Tensor] | None, skeleton: bool) -> Tensor | None:
+def _input_scale(
+    path: str, activations: Activations, scales: dict[str, Tensor] | None, skeleton: bool
+) -> Tensor | None:
     if activations != "nvfp4-static":
         return None
     if skeleton:
         return torch.empty((), device="meta")
     if scales is None or path not in scales:
-        raise PlanError(f"{path}: activations='nvfp4-static' needs a measured scale; pass example_inputs to fp4fx.quantize")
+        raise PlanError(
+            f"{path}: activations='nvfp4-static' needs a measured scale; pass example_inputs to fp4fx.quantize"
+        )
     return scales[path]
 
 
-def _check(model: nn.Module, by_module: dict[str, dict[str, Decision]]) -> None:
+def _check(model: nn.Module, plan: Plan, by_module: dict[str, dict[str, Decision]]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, decisions in by_module.items():
         for attribute, decision in decisions.items():
@@ -120,13 +126,21 @@ def _check(model: nn.Module, by_module: dict[str, dict[str, Decision]]) -> None:
             parameter = None if module is None else module._parameters.get(attribute)
             name = f"{path}.{attribute}" if path else attribute
             if parameter is None:
-                raise PlanError(f"{name}: the plan packs it, but this model has no such parameter; make a plan for this model")
+                raise PlanError(
+                    f"{name}: the plan packs it, but this model has no such parameter; make a plan for this model"
+                )
             if tuple(parameter.shape) != decision.site.shape:
                 raise PlanError(f"{name}: found shape {tuple(parameter.shape)}, the plan expects {decision.site.shape}")
+    for path in by_module:
+        if _activations(path, plan) is not None and not isinstance(modules.get(path), STOCK):
+            raise PlanError(
+                f"{path}: the plan quantizes its input, which a {type(modules.get(path)).__name__} does not allow, "
+                "expected a Linear or convolution; make a plan for this model"
+            )
 
 
 def _sharing_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of the module structure with every tensor shared: aliases, bound methods and hooks keep their meaning."""
+    """A deep copy of the modules with every tensor shared: aliases, bound methods and hooks keep their meaning."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         held: Iterable[Any] = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
@@ -135,7 +149,7 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
 
 
 def _shared_scales(model: nn.Module, decisions: tuple[Decision, ...]) -> dict[str, Tensor]:
-    """One global scale for linear layers that read the same activation (q/k/v, gate/up): servers fuse such layers into one."""
+    """One global scale for linears that read the same activation (q/k/v, gate/up): servers fuse such layers."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     families: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for d in decisions:
@@ -155,11 +169,16 @@ def _shared_scales(model: nn.Module, decisions: tuple[Decision, ...]) -> dict[st
 def _raise_on_fallback(plan: Plan) -> None:
     """Refuse a plan in which something could not be had as the policy asks for it."""
     refused = [f"{d.site.parameter}: {d.reason}" for d in plan.decisions if d.rule == "refusal"]
-    weight_only = [f"{d.site.parameter}: weight only: {d.spec.weight_only_reason}"
-                   for d in plan.quantized if d.spec is not None and d.spec.weight_only_reason]
+    weight_only = [
+        f"{d.site.parameter}: weight only: {d.spec.weight_only_reason}"
+        for d in plan.quantized
+        if d.spec is not None and d.spec.weight_only_reason
+    ]
     notes = [f"{n.name}: {n.reason}" for n in (*plan.unreached, *plan.opaque)]
     if refused or weight_only or notes:
-        raise FallbackError("on_fallback='raise' and the plan falls back: " + "; ".join([*refused, *weight_only, *notes]))
+        raise FallbackError(
+            "on_fallback='raise' and the plan falls back: " + "; ".join([*refused, *weight_only, *notes])
+        )
 
 
 @torch.no_grad()
@@ -169,9 +188,13 @@ def _static_scales(model: nn.Module, plan: Plan, inputs: Any, kwargs: dict[str, 
     if not names:
         return {}
     if inputs is None and kwargs is None:
-        raise PlanError("activations='nvfp4-static': found no example_inputs, expected inputs of one forward to measure on")
+        raise PlanError(
+            "activations='nvfp4-static': found no example_inputs, expected inputs of one forward to measure on"
+        )
     if model.training:
-        raise PlanError("activations='nvfp4-static': found a model in training mode, expected evaluation; call model.eval()")
+        raise PlanError(
+            "activations='nvfp4-static': found a model in training mode, expected evaluation; call model.eval()"
+        )
     scales: dict[str, Tensor] = {}
 
     def observe(name: str) -> Any:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from fp4fx.target import Target
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -15,7 +17,7 @@ class Request:
 
     op: str
     """Name under `fp4fx::`."""
-    device: str
+    target: Target
     dtype: torch.dtype
     """Dtype of the result."""
     n: int

@@ -114,7 +114,8 @@ def _check(model: Any, example_inputs: Any) -> None:
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Put back every attribute of every module, and the random number generators, at the end.
 
-    Attention's fused inference path is closed meanwhile: it would hide the projections in one op. The user's hooks are silent.
+    Attention's fused inference path is closed meanwhile: it would hide the projections in one op. The user's hooks
+    are silent.
     """
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     kinds = (dict, OrderedDict, defaultdict, list, set)

@@ -79,14 +79,18 @@ def test_a_dynamic_batch_shares_one_artifact():
 def dense_copies(numels):
     """Live floating-point tensors with as many values as one of the quantized weights."""
     gc.collect()
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and type(o) is not torch._subclasses.FakeTensor]
+    tensors = [
+        o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and type(o) is not torch._subclasses.FakeTensor
+    ]
     return [t for t in tensors if t.is_floating_point() and t.numel() in numels]
 
 
 @pytest.mark.parametrize("freezing", [False, True])
 def test_the_compiled_graph_holds_packed_bytes(freezing):
-    """With freezing on, Inductor folds everything that depends on constants alone; the packed bytes must survive that."""
-    model = nn.Sequential(nn.Linear(48, 112), nn.ReLU(), nn.Linear(112, 80), nn.Unflatten(1, (5, 16)), nn.Conv1d(5, 7, 3)).eval()
+    """With freezing on, Inductor folds what depends on constants alone; the packed bytes must survive that."""
+    model = nn.Sequential(
+        nn.Linear(48, 112), nn.ReLU(), nn.Linear(112, 80), nn.Unflatten(1, (5, 16)), nn.Conv1d(5, 7, 3)
+    ).eval()
     q = fp4fx.quantize(model, ALL)
     numels = {48 * 112, 112 * 80, 5 * 7 * 3}
     del model
@@ -114,7 +118,7 @@ def test_an_unfused_weight_stays_packed_too(freezing):
 
 
 def test_two_frozen_models_of_one_shape_do_not_share_their_scales():
-    """Inductor's cache would hand the second model the first one's global scale, which is a 0-dim constant under freezing."""
+    """Inductor's cache would hand the second model the first one's global scale, a 0-dim constant under freezing."""
     for seed in range(3):
         torch._dynamo.reset()
         torch.manual_seed(seed)
@@ -137,7 +141,7 @@ def test_inference_mode_and_no_grad_and_autocast():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models(dtype):
-    """Weight only: between two fused kernels bf16 is not rounded, and a quantized activation would turn that into another code."""
+    """Weight only: fused kernels round to bf16 less often, which a quantized activation would make another code."""
     q = fp4fx.quantize(ConvNet().eval(), ALL).to(dtype)
     check(q, torch.randn(2, 3, 8, 8, dtype=dtype), tolerance=3e-2)
 
@@ -273,7 +277,9 @@ def test_it_logs_what_it_did(caplog):
 
 
 def test_the_backend_is_found_without_importing_fp4fx():
-    code = "import torch; assert 'fp4fx' in torch._dynamo.list_backends(); import sys; assert 'fp4fx' not in sys.modules"
+    code = (
+        "import torch; assert 'fp4fx' in torch._dynamo.list_backends(); import sys; assert 'fp4fx' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,7 +1,8 @@
 """Real architectures, one graph each: compiled equals eager, two batch sizes share one artifact, every site explained.
 
-Tolerance: both sides multiply the same decoded fp32 weights and differ only in the order of fp32 sums (round-off 6e-8 each over K up to
-a few thousand terms, through tens of layers), so the largest difference is held to 2e-5 of the largest output.
+Tolerance: both sides multiply the same decoded fp32 weights and differ only in the order of fp32 sums (round-off 6e-8
+each over K up to a few thousand terms, through tens of layers), so the largest difference is held to 2e-5 of the
+largest output.
 """
 
 import gc
@@ -21,7 +22,12 @@ TOLERANCE = 2e-5
 
 def llama():
     config = LlamaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     model = LlamaForCausalLM(config)
     model.config.use_cache = False
@@ -38,7 +44,7 @@ MODELS = {
     "beit_base_patch16_224": (lambda: timm.create_model("beit_base_patch16_224"), image(224)),
     "swinv2_tiny_window8_256": (lambda: timm.create_model("swinv2_tiny_window8_256"), image(256)),
     "convnext_tiny": (lambda: timm.create_model("convnext_tiny"), image(224)),
-    "torchvision vit_b_16": (lambda: torchvision.models.vit_b_16(), image(224)),
+    "torchvision vit_b_16": (torchvision.models.vit_b_16, image(224)),
     "unet": (lambda: UNet(32), image(64)),
     "llama": (llama, lambda batch: torch.randint(0, 512, (batch, 17))),
 }

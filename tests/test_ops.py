@@ -1,4 +1,4 @@
-"""The ops: bodies against plain PyTorch on the decoded weight, fakes and schemas by opcheck, gradients straight through."""
+"""The ops: bodies against plain PyTorch on the decoded weight, fakes and schemas by opcheck, gradients."""
 
 import pytest
 import torch
@@ -74,9 +74,13 @@ def test_a_packed_activation_gives_what_its_decoded_one_gives(dtype):
     parts, _ = packed((6, 40, 3, 3), "conv")
     x = torch.randn(2, 40, 5, 5).to(dtype)
     geometry = (40, (3, 3), [1, 1], [1, 1], [1, 1], 1)
-    quantized = fp4.conv(*[fp4.quantize(x, None, "channels")[0]], *parts, None, *geometry, *fp4.quantize(x, None, "channels")[1:], dtype)
+    quantized = fp4.conv(
+        *[fp4.quantize(x, None, "channels")[0]], *parts, None, *geometry, *fp4.quantize(x, None, "channels")[1:], dtype
+    )
     whole = fp4.conv(fp4.fake_quantize(x, None, "channels"), *parts, None, *geometry)
-    torch.testing.assert_close(quantized, whole, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-2 if dtype != torch.float32 else 1e-5)
+    torch.testing.assert_close(
+        quantized, whole, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-2 if dtype != torch.float32 else 1e-5
+    )
 
 
 def test_convolutions_answer_in_the_memory_format_of_their_input():
@@ -100,8 +104,28 @@ def _calls():
         "fake_quantize": (x.clone().requires_grad_(), None, "channels"),
         "linear": (torch.randn(3, 40, requires_grad=True), *parts, torch.randn(7, requires_grad=True), 40),
         "linear packed": (xq[0], *parts, torch.randn(7), 40, xq[1], xq[2], torch.float32),
-        "conv": (x.clone().requires_grad_(), *conv, torch.randn(6, requires_grad=True), 8, (3, 3), [1, 1], [1, 1], [1, 1], 1),
-        "conv channels_last": (x.to(memory_format=torch.channels_last), *conv, None, 8, (3, 3), [1, 1], [1, 1], [1, 1], 1),
+        "conv": (
+            x.clone().requires_grad_(),
+            *conv,
+            torch.randn(6, requires_grad=True),
+            8,
+            (3, 3),
+            [1, 1],
+            [1, 1],
+            [1, 1],
+            1,
+        ),
+        "conv channels_last": (
+            x.to(memory_format=torch.channels_last),
+            *conv,
+            None,
+            8,
+            (3, 3),
+            [1, 1],
+            [1, 1],
+            [1, 1],
+            1,
+        ),
         "conv_transpose": (x, *transposed, None, 8, (3, 3), [2, 2], [1, 1], [1, 1], [1, 1], 2),
         "embedding": (torch.tensor([[0, 6]]), *parts, 40, torch.float32),
     }
@@ -121,8 +145,14 @@ def test_gradients_pass_straight_through_and_reach_input_and_bias():
     for op, library, shape, order, tail, reference in (
         ("linear", F.linear, (7, 40), "rows", (40,), ()),
         ("conv", F.conv2d, (6, 4, 3, 3), "conv", (8, (3, 3), [2, 2], [1, 1], [1, 1], 2), ([2, 2], [1, 1], [1, 1], 2)),
-        ("conv_transpose", F.conv_transpose2d, (8, 3, 3, 3), "conv_transpose", (8, (3, 3), [2, 2], [1, 1], [1, 1], [1, 1], 2),
-         ([2, 2], [1, 1], [1, 1], 2, [1, 1])),
+        (
+            "conv_transpose",
+            F.conv_transpose2d,
+            (8, 3, 3, 3),
+            "conv_transpose",
+            (8, (3, 3), [2, 2], [1, 1], [1, 1], [1, 1], 2),
+            ([2, 2], [1, 1], [1, 1], 2, [1, 1]),
+        ),
     ):
         parts, dense = packed(shape, order, 2 if op != "linear" else 1)
         a = (torch.randn(4, 40) if op == "linear" else torch.randn(2, 8, 7, 7)).requires_grad_()
@@ -139,7 +169,11 @@ def test_gradients_pass_straight_through_and_reach_input_and_bias():
 def test_a_bad_call_fails_when_it_is_traced():
     parts, _ = packed((7, 40))
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        for x, k, message in ((torch.randn(3, 41), 40, "41 values"), (torch.randn(3, 64), 64, "K=64"), (torch.ones(3, 40).int(), 40, "floating")):
+        for x, k, message in (
+            (torch.randn(3, 41), 40, "41 values"),
+            (torch.randn(3, 64), 64, "K=64"),
+            (torch.ones(3, 40).int(), 40, "floating"),
+        ):
             with pytest.raises(RuntimeError, match=message):
                 fp4.linear(x, *parts, None, k)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import fp4fx
 from fp4fx.packed import Packed
+from fp4fx.quantize import apply
 from tests.models import Attention, ConvNet, Tied, UNet
 
 ALL = fp4fx.Policy(skip_first=0, skip_last=0)
@@ -47,6 +48,31 @@ def test_aliases_inside_the_model_stay_aliases():
     model.again = [model.body]
     q = fp4fx.quantize(model)
     assert q.again[0] is q.body and isinstance(q.again[0], Packed)
+
+
+def test_a_module_under_two_names_is_packed_once():
+    model = ConvNet()
+    model.again = model.body
+    q = fp4fx.quantize(model, ALL)
+    assert q.again is q.body and isinstance(q.body, Packed)
+
+
+def test_a_plan_that_quantizes_inputs_refuses_another_class():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 40))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight)
+
+    plan = fp4fx.plan(nn.Sequential(nn.Linear(40, 8)), fp4fx.Policy.w4a4(skip_first=0, skip_last=0))
+    with pytest.raises(fp4fx.PlanError, match="0: the plan quantizes its input, which a Odd"):
+        apply(nn.Sequential(Odd()), plan)
+    with pytest.raises(fp4fx.PlanError, match="no such parameter"):
+        apply(nn.Sequential(nn.ReLU()), fp4fx.plan(nn.Sequential(nn.Linear(40, 8)), ALL))
+    with pytest.raises(fp4fx.PlanError, match=r"found shape \(9, 40\)"):
+        apply(nn.Sequential(nn.Linear(40, 9)), plan)
 
 
 def test_tied_weights_are_quantized_once_or_kept_together():
@@ -109,7 +135,7 @@ def test_static_activation_scales_are_measured_on_the_example():
 def test_bad_weights_and_models_are_named():
     model = ConvNet()
     model.body.weight.data[1, 2] = float("inf")
-    with pytest.raises(fp4fx.NonFiniteWeightError, match="body.weight"):
+    with pytest.raises(fp4fx.NonFiniteWeightError, match=r"body\.weight"):
         fp4fx.quantize(model)
     with pytest.raises(fp4fx.PlanError, match="already quantized"):
         fp4fx.quantize(fp4fx.quantize(ConvNet()))

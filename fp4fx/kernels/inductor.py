@@ -1,7 +1,7 @@
-"""The op's body opened into the compiled graph: Inductor fuses the decoding into one loop and calls the library's matmul or convolution.
+"""The op's body opened into the compiled graph: Inductor fuses the decoding, the library does the rest.
 
-The dense weight exists only inside the call. Where Inductor freezes parameters it would fold that loop into a dense constant, so there
-this kernel refuses.
+The dense weight exists only inside the call. Where Inductor freezes parameters it would fold the decoding into a dense
+constant, so there this kernel refuses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ops `fp4fx::*`: schemas, reference bodies, fakes, autograd. A body is the meaning of its op; kernels live elsewhere.
+"""The ops `fp4fx::*`: schemas, reference bodies, fakes, autograd. A body is its op's meaning; kernels live elsewhere.
 
 The functions here are the bodies; `torch.ops.fp4fx.<name>` are the ops a graph holds.
 """

@@ -1,4 +1,4 @@
-"""Autograd of the ops: straight through the roundings; gradients for activations and biases, none for packed weights."""
+"""Autograd of the ops: straight through the roundings; gradients for activations and biases only."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def quantize(
     scale_rule: str = "max",
     block_rows: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x fp -> packed u8 [..., ceil(K/16)*8], scale u8 [..., ceil(K/16)], global_scale fp32 []; dynamic scale if None is given."""
+    """x fp -> packed u8 [..., ceil(K/16)*8], scale u8 [..., ceil(K/16)], global_scale fp32 [] (None: dynamic)."""
     rows = nvfp4.to_rows(x, order, groups)
     packed, scale, chosen = nvfp4.quantize_rows(rows, global_scale, scale_rule=scale_rule, block_rows=block_rows)
     return packed, scale, chosen if global_scale is None else chosen.clone()
@@ -61,8 +61,8 @@ def _dequantize_fake(
 
 
 @define(
-    "(Tensor packed, Tensor scale, Tensor global_scale, SymInt[] shape, ScalarType dtype, str order='rows', SymInt groups=1)"
-    " -> Tensor",
+    "(Tensor packed, Tensor scale, Tensor global_scale, SymInt[] shape, ScalarType dtype, str order='rows',"
+    " SymInt groups=1) -> Tensor",
     fake=_dequantize_fake,
 )
 def dequantize(
@@ -81,7 +81,8 @@ def dequantize(
 
 
 @define(
-    "(Tensor x, Tensor? global_scale=None, str order='rows', SymInt groups=1, str scale_rule='max', int block_rows=1) -> Tensor",
+    "(Tensor x, Tensor? global_scale=None, str order='rows', SymInt groups=1, str scale_rule='max', int block_rows=1)"
+    " -> Tensor",
     fake=lambda x, *_, **__: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 def fake_quantize(
@@ -92,6 +93,7 @@ def fake_quantize(
     scale_rule: str = "max",
     block_rows: int = 1,
 ) -> Tensor:
-    """x fp -> what dequantize(quantize(x)) gives, same shape and dtype, contiguous; the gradient passes straight through."""
+    """x fp -> what dequantize(quantize(x)) gives: same shape and dtype, contiguous, gradient straight through."""
     q = quantize(x, global_scale, order, groups, scale_rule, block_rows)
-    return dequantize(*q, x.shape, x.dtype, order, groups).contiguous()
+    dense: Tensor = dequantize(*q, x.shape, x.dtype, order, groups)
+    return dense.contiguous()

@@ -1,7 +1,8 @@
 """The compute ops on packed weights: linear, conv, conv_transpose, embedding.
 
-The weight is `packed u8 [N, ceil(K/16)*8], scale u8 [N, ceil(K/16)], global_scale fp32 []`. Where `x_scale` is given, `x` is the packed codes
-of a quantized activation (channels last) and `dtype` what it decodes to; otherwise `x` is floating point and decides the compute dtype.
+The weight is `packed u8 [N, ceil(K/16)*8], scale u8 [N, ceil(K/16)], global_scale fp32 []`. Where `x_scale` is given,
+`x` is the packed codes of a quantized activation, in blocks along all channels of one position (channels last), and
+`dtype` what it decodes to; otherwise `x` is floating point and decides the compute dtype.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from torch import Tensor
 from fp4fx import nvfp4
 from fp4fx.ops.codec import dequantize
 from fp4fx.ops.library import Body, check_input, check_weight, define
-
 
 # --- linear -----------------------------------------------------------------------------------------------------------
 
@@ -110,7 +110,9 @@ def _conv_fake(
     x = _activation(x, x_scale, x_global_scale, dtype, in_channels, _undecoded)
     check_weight(packed, scale, global_scale, in_channels // groups * math.prod(kernel_size))
     weight = x.new_empty((packed.shape[0], in_channels // groups, *kernel_size))
-    return _in_format_of(x, torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups))
+    return _in_format_of(
+        x, torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    )
 
 
 @define(
@@ -135,11 +137,13 @@ def conv(
     x_global_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x [B, C, *spatial] fp, packed weight of N rows over (*kernel, C/groups) -> y [B, N, *spatial'] (1-, 2- or 3-D)."""
+    """x [B, C, *spatial] fp, packed weight of N rows over (*kernel, C/groups) -> y [B, N, *spatial'], 1- to 3-D."""
     x = _activation(x, x_scale, x_global_scale, dtype, in_channels)
     shape = (packed.shape[0], in_channels // groups, *kernel_size)
     weight = dequantize(packed, scale, global_scale, shape, x.dtype, "conv", groups)
-    return _in_format_of(x, torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups))
+    return _in_format_of(
+        x, torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    )
 
 
 def _conv_transpose_fake(
@@ -188,7 +192,7 @@ def conv_transpose(
     x_global_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x [B, C, *spatial] fp, packed weight of N rows over (*kernel, C/groups) -> y [B, N, *spatial'], transposed convolution."""
+    """x [B, C, *spatial] fp, packed weight of N rows over (*kernel, C/groups) -> y [B, N, *spatial'], transposed."""
     x = _activation(x, x_scale, x_global_scale, dtype, in_channels)
     shape = (in_channels, packed.shape[0] // groups, *kernel_size)
     weight = dequantize(packed, scale, global_scale, shape, x.dtype, "conv_transpose", groups)
@@ -207,7 +211,8 @@ def _embedding_fake(
 
 
 @define(
-    "(Tensor indices, Tensor packed, Tensor scale, Tensor global_scale, SymInt embedding_dim, ScalarType dtype) -> Tensor",
+    "(Tensor indices, Tensor packed, Tensor scale, Tensor global_scale, SymInt embedding_dim, ScalarType dtype)"
+    " -> Tensor",
     fake=_embedding_fake,
 )
 def embedding(

@@ -12,7 +12,7 @@ from fp4fx import nvfp4
 
 Body = Callable[..., Any]
 
-LIBRARY = torch.library.Library("fp4fx", "DEF")
+LIBRARY: Any = torch.library.Library("fp4fx", "DEF")  # type: ignore[no-untyped-call]
 
 
 def define(schema: str, *, fake: Body) -> Callable[[Body], Body]:
@@ -39,8 +39,10 @@ def check_weight(packed: Tensor, scale: Tensor, global_scale: Tensor, k: int) ->
     torch._check(global_scale.dtype == torch.float32, lambda: f"global_scale must be fp32, is {global_scale.dtype}")
     torch._check(
         packed.shape[-1] == 8 * blocks(k) and scale.shape[-1] == blocks(k),
-        lambda: f"K={k} needs {8 * blocks(k)} code bytes and {blocks(k)} scales a row, "
-        f"found packed {tuple(packed.shape)} and scale {tuple(scale.shape)}",
+        lambda: (
+            f"K={k} needs {8 * blocks(k)} code bytes and {blocks(k)} scales a row, "
+            f"found packed {tuple(packed.shape)} and scale {tuple(scale.shape)}"
+        ),
     )
 
 

@@ -16,7 +16,9 @@ PASSES: tuple[Pass, ...] = (
     Pass(open_attention, "first: it uncovers linears that all later passes want to see"),
     Pass(canonicalize, "one spelling per op, so that every later pass matches one target"),
     Pass(insert_qdq, "needs canonical ops to find sites; does nothing for a model that is quantized already"),
-    Pass(expose_qdq, "splits fake_quantize where no gradient flows, so that halves can be shared and folded", Dialect.QDQ),
+    Pass(
+        expose_qdq, "splits fake_quantize where no gradient flows, so that halves can be shared and folded", Dialect.QDQ
+    ),
     Pass(merge_qdq, "before fusion, while equal quantizes are still separate nodes"),
     Pass(fold_weights, "after merging, so that a shared weight is stored once", Dialect.QDQ),
     Pass(fuse_linear, "from here on a dequantize disappears into the op that reads it"),

@@ -12,7 +12,8 @@ def canonicalize(gm: GraphModule, ctx: Context) -> int:
     """Spell calls as ATen overloads with all arguments in the schema's order.
 
     Before: `torch.conv2d(x, w, b, stride=2)`, `torch._C._nn.linear(x, w)`, `F.embedding(i, w)`
-    After: `aten.conv2d(x, w, b, [2, 2], [0, 0], [1, 1], 1)`, `aten.linear(x, w, None)`, `aten.embedding(w, i, -1, False, False)`
+    After: `aten.conv2d(x, w, b, [2, 2], [0, 0], [1, 1], 1)`, `aten.linear(x, w, None)`,
+    `aten.embedding(w, i, -1, False, False)`
     """
     rewrites = 0
     for node in gm.graph.nodes:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from fp4fx.capture import emit, value
+from fp4fx.capture import arguments, emit, value
 from fp4fx.pipeline import Context, op_name
 
 quantize = torch.ops.fp4fx.quantize.default
@@ -18,13 +19,15 @@ def expose_qdq(gm: GraphModule, ctx: Context) -> int:
     """Split fake_quantize where nothing needs its gradient; where something does, it stays whole, straight through.
 
     Before: `y = fp4fx.fake_quantize(x, g, order, groups, ...)`
-    After: `p, s, g = fp4fx.quantize(x, g, order, groups, ...)`, `y = fp4fx.dequantize(p, s, g, x.shape, x.dtype, order, groups)`
+    After: `p, s, g = fp4fx.quantize(x, g, order, groups, ...)`,
+    `y = fp4fx.dequantize(p, s, g, x.shape, x.dtype, order, groups)`
     """
     rewrites = 0
     for node in gm.graph.nodes:
         if op_name(node) != "fake_quantize" or value(node).requires_grad:
             continue
-        x, global_scale, order, groups, *rest = (*node.args, *_DEFAULTS[len(node.args) :])
+        given = arguments(node)
+        x, global_scale, order, groups, *rest = given + _DEFAULTS[len(given) :]
         whole = emit(gm, quantize, (x, global_scale, order, groups, *rest), like=node)
         parts = [emit(gm, operator.getitem, (whole, i), like=node) for i in range(3)]
         shape = list(value(x).shape)
@@ -39,4 +42,4 @@ def expose_qdq(gm: GraphModule, ctx: Context) -> int:
     return rewrites
 
 
-_DEFAULTS = (None, None, "rows", 1, "max", 1)
+_DEFAULTS: tuple[Any, ...] = (None, None, "rows", 1, "max", 1)

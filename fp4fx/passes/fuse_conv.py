@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fp4fx.capture import emit, value
+from fp4fx.capture import arguments, emit, value
 from fp4fx.passes.operands import activation_of, cast, weight_of
 from fp4fx.pipeline import Context, aten_name, op_name
 
@@ -33,7 +33,7 @@ def fuse_conv(gm: GraphModule, ctx: Context) -> int:
 
 
 def _fuse(gm: GraphModule, ctx: Context, node: Node, *, transposed: bool) -> bool:
-    x, weight, bias, *geometry = node.args
+    x, weight, bias, *geometry = arguments(node)
     w = weight_of(weight, "conv_transpose" if transposed else "conv")
     if w is None:
         return False
@@ -44,7 +44,7 @@ def _fuse(gm: GraphModule, ctx: Context, node: Node, *, transposed: bool) -> boo
         x = emit(gm, aten.unsqueeze.default, (x, 0), like=node)
     if transposed:
         stride, padding, output_padding, groups, dilation = geometry
-        target, tail = conv_transpose, (stride, padding, output_padding, dilation, groups)
+        target, tail = conv_transpose, [stride, padding, output_padding, dilation, groups]
         channels = w.shape[0]
     else:
         stride, padding, dilation, groups = geometry
@@ -53,7 +53,7 @@ def _fuse(gm: GraphModule, ctx: Context, node: Node, *, transposed: bool) -> boo
                 ctx.refusals[weight] = "padding='same' is uneven here and would pad a packed activation"
                 return False
             x, padding = _numeric_padding(gm, x, padding, kernel, dilation, like=node)
-        target, tail = conv, (stride, padding, dilation, groups)
+        target, tail = conv, [stride, padding, dilation, groups]
         channels = w.shape[1] * groups
     a = activation_of(gm, x, "channels", dtype, like=node)
     bias = cast(gm, bias, dtype, like=node)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule
 
-from fp4fx.capture import emit, value
+from fp4fx.capture import arguments, emit, value
 from fp4fx.passes.operands import activation_of, cast, weight_of
 from fp4fx.pipeline import Context, aten_name
 
@@ -16,13 +16,14 @@ def fuse_linear(gm: GraphModule, ctx: Context) -> int:
     """Let a linear read its weight packed, and its activation too where that is quantized.
 
     Before: `aten.linear(x, fp4fx.dequantize(p, s, g, [N, K], dtype), bias)`
-    After: `fp4fx.linear(x, p, s, g, bias, K)`, or `fp4fx.linear(xp, p, s, g, bias, K, xs, xg, dtype)` if x is a dequantize itself
+    After: `fp4fx.linear(x, p, s, g, bias, K)`, or, if x is a dequantize itself,
+    `fp4fx.linear(x_packed, p, s, g, bias, K, x_scale, x_global_scale, dtype)`
     """
     rewrites = 0
     for node in list(gm.graph.nodes):
         if aten_name(node) != "linear":
             continue
-        x, weight, bias = node.args
+        x, weight, bias = arguments(node)
         w = weight_of(weight, "rows")
         if w is None:
             continue

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fp4fx.capture import emit, module_classes, parameter_name, value
+from fp4fx.capture import arguments, emit, module_classes, parameter_name, value
 from fp4fx.graph_sites import COMPUTE_OPS, find_sites
 from fp4fx.nvfp4 import excess_kurtosis
 from fp4fx.packed import STOCK
@@ -73,7 +73,7 @@ def _quantize_parameter(gm: GraphModule, parameter: Node, decision: Decision) ->
 
 def _quantize_activation(gm: GraphModule, node: Node, site: Site) -> None:
     position = COMPUTE_OPS[node.target].activation
-    x = node.args[position]
+    x = arguments(node)[position]
     assert isinstance(x, Node)
     if site.op == "linear":
         quantized = emit(gm, fake_quantize, (x, None, "rows"), like=node)

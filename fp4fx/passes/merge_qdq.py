@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from fp4fx.capture import mutated, storages, value
+from fp4fx.capture import arguments, mutated, storages, value
 from fp4fx.pipeline import Context, op_name
 
 _PURE = ("quantize", "dequantize", "fake_quantize")
@@ -25,7 +25,7 @@ def merge_qdq(gm: GraphModule, ctx: Context) -> int:
         written = mutated(node)
         if written:
             seen = {key: kept for key, kept in seen.items() if not written & _reads(kept)}
-        from_quantize = node.target is operator.getitem and op_name(node.args[0]) == "quantize"
+        from_quantize = node.target is operator.getitem and op_name(arguments(node)[0]) == "quantize"
         if op_name(node) not in _PURE and not from_quantize:
             continue
         key = (node.target, _hashable(node.args), _hashable(tuple(node.kwargs.items())))

@@ -16,7 +16,8 @@ def open_attention(gm: GraphModule, ctx: Context) -> int:
     """Replace attention calls that take projection weights by the ATen graph of what they do.
 
     Before: `F.multi_head_attention_forward(q, q, q, ..., in_proj_weight, ..., out_proj_weight, ...)`
-    After: `aten.linear(q, in_proj_weight, ...)`, views, `aten.scaled_dot_product_attention`, `aten.linear(..., out_proj_weight, ...)`
+    After: `aten.linear(q, in_proj_weight, ...)`, views, `aten.scaled_dot_product_attention`,
+    `aten.linear(..., out_proj_weight, ...)`
     """
     closed = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in _CLOSED]
     for node in closed:

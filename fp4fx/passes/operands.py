@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fp4fx.capture import emit, value
+from fp4fx.capture import arguments, emit, value
 from fp4fx.pipeline import op_name
 from fp4fx.site import Order
 
@@ -34,7 +34,7 @@ def weight_of(node: Any, order: Order) -> Weight | None:
     """The packed weight that a node decodes, or None if it is anything else."""
     if not isinstance(node, Node) or op_name(node) != "dequantize":
         return None
-    packed, scale, global_scale, shape, _, stored_order, groups = node.args
+    packed, scale, global_scale, shape, _, stored_order, groups = arguments(node)
     if stored_order != order or not all(isinstance(size, int) for size in shape):
         return None
     return Weight((packed, scale, global_scale), tuple(shape), groups)
@@ -42,8 +42,8 @@ def weight_of(node: Any, order: Order) -> Weight | None:
 
 def activation_of(gm: GraphModule, x: Node, order: Order, dtype: torch.dtype, *, like: Node) -> Activation:
     """The activation for a fused op that computes in `dtype` (which under autocast is not x's own)."""
-    if op_name(x) == "dequantize" and x.args[5] == order:
-        packed, scale, global_scale = x.args[:3]
+    if op_name(x) == "dequantize" and arguments(x)[5] == order:
+        packed, scale, global_scale = arguments(x)[:3]
         return Activation(packed, (scale, global_scale, dtype))
     return Activation(cast(gm, x, dtype, like=like))
 

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fp4fx.capture import OpOverload, value
+from fp4fx.capture import OpOverload, arguments, value
 from fp4fx.kernels import KERNELS
 from fp4fx.lowering import Lowering
 from fp4fx.pipeline import Context, op_name
 from fp4fx.registry import Request, select
+from fp4fx.target import target_of
 
 
 def select_kernels(gm: GraphModule, ctx: Context) -> int:
@@ -38,32 +39,44 @@ def select_kernels(gm: GraphModule, ctx: Context) -> int:
     return rewrites
 
 
-_PACKED = {"linear": 1, "conv": 1, "conv_transpose": 1, "embedding": 1, "dequantize": 0, "quantize": 0, "fake_quantize": 0}
+_PACKED = {
+    "linear": 1,
+    "conv": 1,
+    "conv_transpose": 1,
+    "embedding": 1,
+    "dequantize": 0,
+    "quantize": 0,
+    "fake_quantize": 0,
+}
 """Where an op takes its stored weight."""
 
 
 def _stored(node: Node, name: str, ctx: Context) -> Tensor | None:
-    operand: Any = node.args[_PACKED[name]]
-    if operand.target is operator.getitem and op_name(operand.args[0]) == "quantize":
-        operand = operand.args[0].args[0]  # quantized on every call: the parameter itself
+    operand: Any = arguments(node)[_PACKED[name]]
+    if operand.target is operator.getitem and op_name(arguments(operand)[0]) == "quantize":
+        operand = arguments(arguments(operand)[0])[0]  # quantized on every call: the parameter itself
     return ctx.real.get(operand)
 
 
 def _request(node: Node, name: str, ctx: Context, *, frozen: bool) -> Request:
     result = value(node)
     result = result[0] if isinstance(result, tuple) else result
-    packed: Any = value(node.args[_PACKED[name]])
+    packed: Any = value(arguments(node)[_PACKED[name]])
     last = packed.shape[-1] * 2 if packed.dtype.itemsize == 1 else packed.shape[-1]
     return Request(
         op=name,
-        device=result.device.type,
+        target=target_of(result.device),
         dtype=result.dtype,
         n=packed.shape[0] if packed.dim() else 1,
         k=last,
-        quantized_input=len(node.args) > 8 and isinstance(value(node.args[0]), Tensor) and value(node.args[0]).dtype.itemsize == 1,
+        quantized_input=len(node.args) > 8
+        and isinstance(value(arguments(node)[0]), Tensor)
+        and value(arguments(node)[0]).dtype.itemsize == 1,
         freezing=ctx.freezing and frozen,
     )
 
 
 def _spelling(node: Node) -> str:
-    return str(node.target) if isinstance(node.target, OpOverload | str) else getattr(node.target, "__name__", node.name)
+    return (
+        str(node.target) if isinstance(node.target, OpOverload | str) else getattr(node.target, "__name__", node.name)
+    )

@@ -22,7 +22,9 @@ def linear(k=32, n=8, **kwargs):
 
 def conv(cls=nn.Conv2d, *args, activations=None, **kwargs):
     module = cls(*args, **kwargs)
-    return packed(module, order="conv_transpose" if module.transposed else "conv", groups=module.groups, activations=activations)
+    return packed(
+        module, order="conv_transpose" if module.transposed else "conv", groups=module.groups, activations=activations
+    )
 
 
 class Captured:

@@ -27,7 +27,7 @@ CASES = {
 def test_every_kind_of_convolution_is_fused(case, activations):
     make, shape = CASES[case]
     layer = make(activations)
-    g = Captured(lambda x: layer(x), torch.randn(shape))
+    g = Captured(layer, torch.randn(shape))
     assert g.apply(canonicalize, expose_qdq, fuse_conv) == 1
     assert g.count("fp4fx.conv_transpose" if layer.transposed else "fp4fx.conv") == 1
     batched = case != "2d without a batch"  # its quantized activation is squeezed in between
@@ -37,14 +37,14 @@ def test_every_kind_of_convolution_is_fused(case, activations):
 
 def test_uneven_same_padding_puts_the_odd_zero_last():
     layer = conv(nn.Conv2d, 16, 8, (2, 4), padding="same")
-    g = Captured(lambda x: layer(x), torch.randn(2, 16, 9, 9))
+    g = Captured(layer, torch.randn(2, 16, 9, 9))
     assert g.apply(canonicalize, fuse_conv) == 1
     g.check()
 
 
 def test_uneven_same_padding_of_a_packed_activation_is_refused_with_the_reason():
     layer = conv(nn.Conv2d, 16, 8, 2, padding="same", activations="nvfp4")
-    g = Captured(lambda x: layer(x), torch.randn(2, 16, 9, 9))
+    g = Captured(layer, torch.randn(2, 16, 9, 9))
     assert g.apply(canonicalize, expose_qdq, fuse_conv) == 0
     assert "uneven" in next(iter(g.ctx.refusals.values()))
     g.check()

@@ -10,7 +10,7 @@ from tests.passes.graphs import Captured, linear, packed
 
 def test_a_linear_on_a_decoded_weight_reads_it_packed():
     layer = linear(40, 8)
-    g = Captured(lambda x: layer(x), torch.randn(3, 5, 40))
+    g = Captured(layer, torch.randn(3, 5, 40))
     assert g.apply(canonicalize, fuse_linear) == 1
     assert (g.count("fp4fx.linear"), g.count("fp4fx.dequantize"), g.count("aten.linear")) == (1, 0, 0)
     g.check()
@@ -18,7 +18,7 @@ def test_a_linear_on_a_decoded_weight_reads_it_packed():
 
 def test_a_quantized_activation_is_read_packed_too():
     layer = packed(nn.Linear(40, 8), activations="nvfp4")
-    g = Captured(lambda x: layer(x), torch.randn(3, 5, 40))
+    g = Captured(layer, torch.randn(3, 5, 40))
     assert g.apply(canonicalize, expose_qdq, fuse_linear) == 1
     assert (g.count("fp4fx.quantize"), g.count("fp4fx.dequantize")) == (1, 0)
     g.check()
@@ -60,6 +60,6 @@ def test_a_weight_also_read_elsewhere_is_fused_and_decoded():
 
 def test_a_dense_linear_is_left_alone():
     layer = nn.Linear(32, 8)
-    g = Captured(lambda x: layer(x), torch.randn(3, 32))
+    g = Captured(layer, torch.randn(3, 32))
     assert g.apply(canonicalize, fuse_linear) == 0
     g.check(0)

@@ -15,7 +15,7 @@ def net():
 
 def test_the_policy_chooses_the_sites():
     model = net()
-    g = Captured(lambda x: model(x), torch.randn(1, 3, 8, 8), policy=Policy())
+    g = Captured(model, torch.randn(1, 3, 8, 8), policy=Policy())
     assert g.apply(canonicalize, insert_qdq) == 1  # the first and the last are kept
     (node,) = [n for n in g.gm.graph.nodes if n.target is torch.ops.fp4fx.fake_quantize.default]
     assert node.args[2] == "conv" and node.args[0].meta["example_value"].shape == (16, 16, 3, 3)
@@ -26,7 +26,7 @@ def test_the_policy_chooses_the_sites():
 def test_activations_are_quantized_where_the_policy_says_so():
     model = net()
     policy = Policy(activations="nvfp4", skip_first=0, skip_last=0)
-    g = Captured(lambda x: model(x), torch.randn(1, 3, 8, 8), policy=policy)
+    g = Captured(model, torch.randn(1, 3, 8, 8), policy=policy)
     assert g.apply(canonicalize, insert_qdq) == 3
     assert g.count("fp4fx.fake_quantize") == 6
     orders = [n.args[2] for n in g.gm.graph.nodes if n.target is torch.ops.fp4fx.fake_quantize.default]
@@ -35,7 +35,7 @@ def test_activations_are_quantized_where_the_policy_says_so():
 
 def test_without_a_policy_nothing_happens():
     model = net()
-    g = Captured(lambda x: model(x), torch.randn(1, 3, 8, 8))
+    g = Captured(model, torch.randn(1, 3, 8, 8))
     assert g.apply(canonicalize, insert_qdq) == 0
     g.check(0)
 

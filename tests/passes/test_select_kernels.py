@@ -9,7 +9,7 @@ from tests.passes.graphs import Captured, linear
 
 def test_the_first_kernel_that_takes_the_op_is_chosen_and_noted():
     layer = linear()
-    g = Captured(lambda x: layer(x), torch.randn(3, 32))
+    g = Captured(layer, torch.randn(3, 32))
     assert g.apply(canonicalize, fuse_linear, select_kernels) == 1
     assert ops.linear in [n.target for n in g.gm.graph.nodes]
     ((stored, lowering),) = g.ctx.lowerings
@@ -20,7 +20,7 @@ def test_the_first_kernel_that_takes_the_op_is_chosen_and_noted():
 
 def test_under_freezing_the_packed_op_stays_opaque_and_says_why():
     layer = linear()
-    g = Captured(lambda x: layer(x), torch.randn(3, 32), freezing=True)
+    g = Captured(layer, torch.randn(3, 32), freezing=True)
     g.apply(canonicalize, fuse_linear, select_kernels)
     assert g.count("fp4fx.linear") == 1
     ((_, lowering),) = g.ctx.lowerings
