@@ -44,11 +44,11 @@ def fp4fx(
     """
     policy, on_fallback, patches = _read_options(options or {}, mode)
     capture.never_fold(torch.ops.fp4fx.dequantize.default)
-    freezing = capture.freezing(patches)
-    if freezing:
+    with capture.configured(patches):
+        ctx = Context(capture.real_tensors(gm, example_inputs), policy, freezing=capture.freezing())
+        counts = run(gm, ctx, PASSES)
+    if ctx.freezing:
         patches = {**capture.UNCACHED, **patches}
-    ctx = Context(real=capture.real_tensors(gm, example_inputs), policy=policy, freezing=freezing)
-    counts = run(gm, ctx, PASSES)
     log.info("%s: %s", name or "graph", ", ".join(f"{k} {v}" for k, v in counts.items() if v) or "nothing to do")
     _tell(ctx)
     if on_fallback == "raise":
@@ -66,11 +66,12 @@ def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Policy 
     for key, value in options.items():
         if key in ("policy", "on_fallback"):
             continue
-        if not capture.is_inductor_option(key):
+        name = key.replace("-", "_")
+        if not capture.is_inductor_option(name):
             raise BackendError(
                 f"options[{key!r}]: expected 'policy', 'on_fallback' or an option of torch._inductor.config"
             )
-        patches[key] = value
+        patches[name] = value
     return policy, on_fallback or (policy.on_fallback if policy else "report"), patches
 
 

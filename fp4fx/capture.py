@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -205,11 +206,18 @@ def mutated(node: Node) -> set[int]:
     return storages(value(n) for n in pytree.tree_leaves(written) if isinstance(n, Node))
 
 
-def freezing(options: Mapping[str, Any]) -> bool:
-    """Whether Inductor, under these options, will freeze parameters and fold what is computed from them alone."""
+def configured(options: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Inductor's configuration with these options, until the end of a `with`."""
     import torch._inductor.config
 
-    return bool(options.get("freezing", torch._inductor.config.freezing)) and not torch.is_grad_enabled()
+    return cast(AbstractContextManager[None], torch._inductor.config.patch(dict(options)))
+
+
+def freezing() -> bool:
+    """Whether Inductor is to freeze parameters and fold what is computed from them alone."""
+    import torch._inductor.config
+
+    return bool(torch._inductor.config.freezing) and not torch.is_grad_enabled()
 
 
 UNCACHED: Mapping[str, Any] = {"fx_graph_cache": False}
@@ -236,7 +244,7 @@ def is_inductor_option(name: str) -> bool:
     """Whether Inductor's configuration has an entry of that name."""
     import torch._inductor.config
 
-    return name.replace("-", "_") in torch._inductor.config.shallow_copy_dict()
+    return name in torch._inductor.config.get_config_copy()
 
 
 def lower(gm: GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]) -> CompiledGraph:
@@ -245,6 +253,13 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], options: Mapping[str, 
 
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=dict(options) or None)
     return cast(CompiledGraph, compiled)
+
+
+def observed(gm: GraphModule, name: str, rewrite: Callable[[GraphModule], int]) -> int | None:
+    """Apply a rewrite under Inductor's observer, which times and draws it; None if `disabled_passes` names it."""
+    from torch.fx.passes.graph_transform_observer import GraphTransformObserver
+
+    return GraphTransformObserver(gm, name).apply_gm_pass(rewrite)
 
 
 def dump(gm: GraphModule, name: str) -> None:

@@ -72,20 +72,29 @@ class Pass:
         """The rewrite's own name."""
         return self.rewrite.__name__
 
+    def bound(self, ctx: Context) -> Callable[[GraphModule], int]:
+        """The rewrite as a function of the graph alone."""
+        return lambda gm: self.rewrite(gm, ctx)
+
 
 def run(gm: GraphModule, ctx: Context, passes: Sequence[Pass]) -> dict[str, int]:
     """Apply the passes in order; returns the number of rewrites of each.
+
+    A pass that `torch._inductor.config.disabled_passes` names (`fp4fx_<name>`) is left out, and dialects not verified.
 
     Raises:
         PassError: a pass failed or left an invalid graph; names it and the passes that ran before.
     """
     counts: dict[str, int] = {}
+    switched_off = False
     for step in passes:
         try:
-            counts[step.name] = step.rewrite(gm, ctx)
+            count = capture.observed(gm, f"fp4fx_{step.name}", step.bound(ctx))
+            switched_off |= count is None
+            counts[step.name] = count or 0
             capture.eliminate_dead_code(gm)
             gm.graph.lint()
-            if step.leaves is not None:
+            if step.leaves is not None and not switched_off:
                 verify(gm, ctx, step.leaves)
         except Error:
             raise
@@ -94,8 +103,8 @@ def run(gm: GraphModule, ctx: Context, passes: Sequence[Pass]) -> dict[str, int]
             raise PassError(
                 f"pass {step.name} failed: {type(error).__name__}: {error} (passes before it: {before})"
             ) from error
-        log.debug("%s: %d rewrites", step.name, counts[step.name])
-        if counts[step.name]:
+        log.debug("%s: %s", step.name, "switched off" if count is None else f"{count} rewrites")
+        if count:
             capture.dump(gm, f"fp4fx_{step.name}")
     gm.recompile()
     return counts

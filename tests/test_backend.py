@@ -269,6 +269,12 @@ def test_a_pass_that_breaks_names_those_before_it():
         run(gm, Context(real={}), [Pass(harmless, ""), Pass(broken, "")])
 
 
+def test_a_pass_can_be_switched_off():
+    q = fp4fx.quantize(ConvNet().eval(), ALL)
+    check(q, torch.randn(2, 3, 8, 8), options={"disabled_passes": "fp4fx_fuse_conv"})
+    assert sorted(kernels(q)) == ["dequantize: inductor"] * 3 + ["linear: inductor"]
+
+
 def test_it_logs_what_it_did(caplog):
     q = fp4fx.quantize(ConvNet().eval(), ALL)
     with caplog.at_level(logging.INFO, logger="fp4fx"):
