@@ -16,31 +16,14 @@ from torch import Tensor
 
 from fp4fx import nvfp4
 from fp4fx.ops.codec import dequantize
-from fp4fx.ops.library import Body, check_input, check_weight, define
+from fp4fx.ops.library import check_input, check_weight, define
 
 # --- linear -----------------------------------------------------------------------------------------------------------
-
-
-def _linear_fake(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    global_scale: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    x_scale: Tensor | None = None,
-    x_global_scale: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    check_weight(packed, scale, global_scale, in_features)
-    check_input(x, x_scale, dtype, in_features, -1)
-    return x.new_empty((*x.shape[:-1], packed.shape[0]), dtype=dtype or x.dtype)
 
 
 @define(
     "(Tensor x, Tensor packed, Tensor scale, Tensor global_scale, Tensor? bias, SymInt in_features,"
     " Tensor? x_scale=None, Tensor? x_global_scale=None, ScalarType? dtype=None) -> Tensor",
-    fake=_linear_fake,
 )
 def linear(
     x: Tensor,
@@ -54,6 +37,8 @@ def linear(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x [..., K] fp, packed weight of N rows -> y [..., N] in x's dtype: y = x · Wᵀ + bias."""
+    check_weight(packed, scale, global_scale, in_features)
+    check_input(x, x_scale, dtype, in_features, -1)
     if x_scale is not None and x_global_scale is not None and dtype is not None:
         x = nvfp4.dequantize_rows(x, x_scale, x_global_scale, in_features, dtype)
     return F.linear(x, nvfp4.dequantize_rows(packed, scale, global_scale, in_features, x.dtype), bias)
@@ -63,63 +48,27 @@ def linear(
 
 
 def _activation(
-    x: Tensor,
-    x_scale: Tensor | None,
-    x_global_scale: Tensor | None,
-    dtype: torch.dtype | None,
-    channels: int,
-    decode: Body = nvfp4.dequantize_rows,
+    x: Tensor, x_scale: Tensor | None, x_global_scale: Tensor | None, dtype: torch.dtype | None, channels: int
 ) -> Tensor:
     """The activation of a convolution as [B, C, *spatial]; a quantized one arrives as rows [B, *spatial, C]."""
     check_input(x, x_scale, dtype, channels, 1)
-    if x_scale is None:
+    if x_scale is None or x_global_scale is None or dtype is None:
         return x
-    decoded: Tensor = decode(x, x_scale, x_global_scale, channels, dtype)
-    return decoded.movedim(-1, 1)
+    return nvfp4.dequantize_rows(x, x_scale, x_global_scale, channels, dtype).movedim(-1, 1)
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """y in channels_last if x is, else contiguous: the one rule by which body and fake agree on strides."""
+    """y in channels_last if x is, else contiguous: so that strides follow from the arguments alone."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
         return y.contiguous()
     return y.contiguous(memory_format=last)
 
 
-def _undecoded(packed: Tensor, _scale: object, _global_scale: object, k: int, dtype: torch.dtype) -> Tensor:
-    """The fake of `nvfp4.dequantize_rows`."""
-    return packed.new_empty((*packed.shape[:-1], k), dtype=dtype)
-
-
-def _conv_fake(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    global_scale: Tensor,
-    bias: Tensor | None,
-    in_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    x_scale: Tensor | None = None,
-    x_global_scale: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    x = _activation(x, x_scale, x_global_scale, dtype, in_channels, _undecoded)
-    check_weight(packed, scale, global_scale, in_channels // groups * math.prod(kernel_size))
-    weight = x.new_empty((packed.shape[0], in_channels // groups, *kernel_size))
-    return _in_format_of(
-        x, torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
-    )
-
-
 @define(
     "(Tensor x, Tensor packed, Tensor scale, Tensor global_scale, Tensor? bias, SymInt in_channels, int[] kernel_size,"
     " SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups,"
     " Tensor? x_scale=None, Tensor? x_global_scale=None, ScalarType? dtype=None) -> Tensor",
-    fake=_conv_fake,
 )
 def conv(
     x: Tensor,
@@ -139,6 +88,7 @@ def conv(
 ) -> Tensor:
     """x [B, C, *spatial] fp, packed weight of N rows over (*kernel, C/groups) -> y [B, N, *spatial'], 1- to 3-D."""
     x = _activation(x, x_scale, x_global_scale, dtype, in_channels)
+    check_weight(packed, scale, global_scale, in_channels // groups * math.prod(kernel_size))
     shape = (packed.shape[0], in_channels // groups, *kernel_size)
     weight = dequantize(packed, scale, global_scale, shape, x.dtype, "conv", groups)
     return _in_format_of(
@@ -146,34 +96,10 @@ def conv(
     )
 
 
-def _conv_transpose_fake(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    global_scale: Tensor,
-    bias: Tensor | None,
-    in_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    x_scale: Tensor | None = None,
-    x_global_scale: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    x = _activation(x, x_scale, x_global_scale, dtype, in_channels, _undecoded)
-    check_weight(packed, scale, global_scale, in_channels // groups * math.prod(kernel_size))
-    weight = x.new_empty((in_channels, packed.shape[0] // groups, *kernel_size))
-    return _in_format_of(x, torch.convolution(x, weight, bias, stride, padding, dilation, True, output_padding, groups))
-
-
 @define(
     "(Tensor x, Tensor packed, Tensor scale, Tensor global_scale, Tensor? bias, SymInt in_channels, int[] kernel_size,"
     " SymInt[] stride, SymInt[] padding, SymInt[] output_padding, SymInt[] dilation, SymInt groups,"
     " Tensor? x_scale=None, Tensor? x_global_scale=None, ScalarType? dtype=None) -> Tensor",
-    fake=_conv_transpose_fake,
 )
 def conv_transpose(
     x: Tensor,
@@ -194,6 +120,7 @@ def conv_transpose(
 ) -> Tensor:
     """x [B, C, *spatial] fp, packed weight of N rows over (*kernel, C/groups) -> y [B, N, *spatial'], transposed."""
     x = _activation(x, x_scale, x_global_scale, dtype, in_channels)
+    check_weight(packed, scale, global_scale, in_channels // groups * math.prod(kernel_size))
     shape = (in_channels, packed.shape[0] // groups, *kernel_size)
     weight = dequantize(packed, scale, global_scale, shape, x.dtype, "conv_transpose", groups)
     return _in_format_of(x, torch.convolution(x, weight, bias, stride, padding, dilation, True, output_padding, groups))
@@ -202,22 +129,15 @@ def conv_transpose(
 # --- embedding --------------------------------------------------------------------------------------------------------
 
 
-def _embedding_fake(
-    indices: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor, embedding_dim: int, dtype: torch.dtype
-) -> Tensor:
-    check_weight(packed, scale, global_scale, embedding_dim)
-    torch._check(indices.dtype in (torch.int32, torch.int64), lambda: f"indices must be integers, are {indices.dtype}")
-    return packed.new_empty((*indices.shape, embedding_dim), dtype=dtype)
-
-
 @define(
     "(Tensor indices, Tensor packed, Tensor scale, Tensor global_scale, SymInt embedding_dim, ScalarType dtype)"
     " -> Tensor",
-    fake=_embedding_fake,
 )
 def embedding(
     indices: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor, embedding_dim: int, dtype: torch.dtype
 ) -> Tensor:
     """Indices int [...], packed table of V rows -> rows [..., D] of dtype; only the gathered rows are decoded."""
+    check_weight(packed, scale, global_scale, embedding_dim)
+    torch._check(indices.dtype in (torch.int32, torch.int64), lambda: f"indices must be integers, are {indices.dtype}")
     codes, scales = F.embedding(indices, packed), F.embedding(indices, scale)
     return nvfp4.dequantize_rows(codes, scales, global_scale, embedding_dim, dtype)
