@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from fp4fx import nvfp4
-from fp4fx.ops.library import define
+from fp4fx.ops.library import Body, check_weight, define, undecoded, unencoded
 from fp4fx.site import Order
 
 
 @define(
     "(Tensor x, Tensor? global_scale=None, str order='rows', SymInt groups=1, str scale_rule='max', int block_rows=1)"
     " -> (Tensor packed, Tensor scale, Tensor global_scale)",
+    encode=unencoded,
 )
 def quantize(
     x: Tensor,
@@ -23,17 +24,20 @@ def quantize(
     groups: int = 1,
     scale_rule: str = "max",
     block_rows: int = 1,
+    *,
+    encode: Body = nvfp4.quantize_rows,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x fp -> packed u8 [..., ceil(K/16)*8], scale u8 [..., ceil(K/16)], global_scale fp32 [] (None: dynamic)."""
     torch._check(x.is_floating_point(), lambda: f"x must be floating point, is {x.dtype}")
     rows = nvfp4.to_rows(x, order, groups)
-    packed, scale, used = nvfp4.quantize_rows(rows, global_scale, scale_rule=scale_rule, block_rows=block_rows)
+    packed, scale, used = encode(rows, global_scale, scale_rule=scale_rule, block_rows=block_rows)
     return packed, scale, used if global_scale is None else used.clone()
 
 
 @define(
     "(Tensor packed, Tensor scale, Tensor global_scale, SymInt[] shape, ScalarType dtype, str order='rows',"
     " SymInt groups=1) -> Tensor",
+    decode=undecoded,
 )
 def dequantize(
     packed: Tensor,
@@ -43,16 +47,21 @@ def dequantize(
     dtype: torch.dtype,
     order: Order = "rows",
     groups: int = 1,
+    *,
+    decode: Body = nvfp4.dequantize_rows,
 ) -> Tensor:
     """Packed rows -> the tensor of the given shape and dtype: code · scale · global_scale in fp32, then cast."""
     k = nvfp4.row_length(tuple(shape), order, groups)
-    rows = nvfp4.dequantize_rows(packed, scale, global_scale, k, dtype)
+    check_weight(packed, scale, global_scale, k)
+    rows = decode(packed, scale, global_scale, k, dtype)
     return nvfp4.from_rows(rows, tuple(shape), order, groups)
 
 
 @define(
     "(Tensor x, Tensor? global_scale=None, str order='rows', SymInt groups=1, str scale_rule='max', int block_rows=1)"
     " -> Tensor",
+    encode=unencoded,
+    decode=undecoded,
 )
 def fake_quantize(
     x: Tensor,
@@ -61,8 +70,11 @@ def fake_quantize(
     groups: int = 1,
     scale_rule: str = "max",
     block_rows: int = 1,
+    *,
+    encode: Body = nvfp4.quantize_rows,
+    decode: Body = nvfp4.dequantize_rows,
 ) -> Tensor:
     """x fp -> what dequantize(quantize(x)) gives: same shape and dtype, contiguous, gradient straight through."""
-    q = quantize(x, global_scale, order, groups, scale_rule, block_rows)
-    dense: Tensor = dequantize(*q, x.shape, x.dtype, order, groups)
+    q = quantize(x, global_scale, order, groups, scale_rule, block_rows, encode=encode)
+    dense: Tensor = dequantize(*q, x.shape, x.dtype, order, groups, decode=decode)
     return dense.contiguous()

@@ -7,7 +7,6 @@ The weight is `packed u8 [N, ceil(K/16)*8], scale u8 [N, ceil(K/16)], global_sca
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from fp4fx import nvfp4
 from fp4fx.ops.codec import dequantize
-from fp4fx.ops.library import check_input, check_weight, define
+from fp4fx.ops.library import Body, check_input, check_weight, define, undecoded
 
 # --- linear -----------------------------------------------------------------------------------------------------------
 
@@ -24,6 +23,7 @@ from fp4fx.ops.library import check_input, check_weight, define
 @define(
     "(Tensor x, Tensor packed, Tensor scale, Tensor global_scale, Tensor? bias, SymInt in_features,"
     " Tensor? x_scale=None, Tensor? x_global_scale=None, ScalarType? dtype=None) -> Tensor",
+    decode=undecoded,
 )
 def linear(
     x: Tensor,
@@ -35,26 +35,34 @@ def linear(
     x_scale: Tensor | None = None,
     x_global_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    decode: Body = nvfp4.dequantize_rows,
 ) -> Tensor:
     """x [..., K] fp, packed weight of N rows -> y [..., N] in x's dtype: y = x · Wᵀ + bias."""
     check_weight(packed, scale, global_scale, in_features)
     check_input(x, x_scale, dtype, in_features, -1)
     if x_scale is not None and x_global_scale is not None and dtype is not None:
-        x = nvfp4.dequantize_rows(x, x_scale, x_global_scale, in_features, dtype)
-    return F.linear(x, nvfp4.dequantize_rows(packed, scale, global_scale, in_features, x.dtype), bias)
+        x = decode(x, x_scale, x_global_scale, in_features, dtype)
+    return F.linear(x, decode(packed, scale, global_scale, in_features, x.dtype), bias)
 
 
 # --- convolutions -----------------------------------------------------------------------------------------------------
 
 
 def _activation(
-    x: Tensor, x_scale: Tensor | None, x_global_scale: Tensor | None, dtype: torch.dtype | None, channels: int
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_global_scale: Tensor | None,
+    dtype: torch.dtype | None,
+    channels: int,
+    decode: Body,
 ) -> Tensor:
     """The activation of a convolution as [B, C, *spatial]; a quantized one arrives as rows [B, *spatial, C]."""
     check_input(x, x_scale, dtype, channels, 1)
     if x_scale is None or x_global_scale is None or dtype is None:
         return x
-    return nvfp4.dequantize_rows(x, x_scale, x_global_scale, channels, dtype).movedim(-1, 1)
+    decoded: Tensor = decode(x, x_scale, x_global_scale, channels, dtype)
+    return decoded.movedim(-1, 1)
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
@@ -69,6 +77,7 @@ def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
     "(Tensor x, Tensor packed, Tensor scale, Tensor global_scale, Tensor? bias, SymInt in_channels, int[] kernel_size,"
     " SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups,"
     " Tensor? x_scale=None, Tensor? x_global_scale=None, ScalarType? dtype=None) -> Tensor",
+    decode=undecoded,
 )
 def conv(
     x: Tensor,
@@ -85,12 +94,13 @@ def conv(
     x_scale: Tensor | None = None,
     x_global_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    decode: Body = nvfp4.dequantize_rows,
 ) -> Tensor:
     """x [B, C, *spatial] fp, packed weight of N rows over (*kernel, C/groups) -> y [B, N, *spatial'], 1- to 3-D."""
-    x = _activation(x, x_scale, x_global_scale, dtype, in_channels)
-    check_weight(packed, scale, global_scale, in_channels // groups * math.prod(kernel_size))
+    x = _activation(x, x_scale, x_global_scale, dtype, in_channels, decode)
     shape = (packed.shape[0], in_channels // groups, *kernel_size)
-    weight = dequantize(packed, scale, global_scale, shape, x.dtype, "conv", groups)
+    weight = dequantize(packed, scale, global_scale, shape, x.dtype, "conv", groups, decode=decode)
     return _in_format_of(
         x, torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
     )
@@ -100,6 +110,7 @@ def conv(
     "(Tensor x, Tensor packed, Tensor scale, Tensor global_scale, Tensor? bias, SymInt in_channels, int[] kernel_size,"
     " SymInt[] stride, SymInt[] padding, SymInt[] output_padding, SymInt[] dilation, SymInt groups,"
     " Tensor? x_scale=None, Tensor? x_global_scale=None, ScalarType? dtype=None) -> Tensor",
+    decode=undecoded,
 )
 def conv_transpose(
     x: Tensor,
@@ -117,12 +128,13 @@ def conv_transpose(
     x_scale: Tensor | None = None,
     x_global_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    decode: Body = nvfp4.dequantize_rows,
 ) -> Tensor:
     """x [B, C, *spatial] fp, packed weight of N rows over (*kernel, C/groups) -> y [B, N, *spatial'], transposed."""
-    x = _activation(x, x_scale, x_global_scale, dtype, in_channels)
-    check_weight(packed, scale, global_scale, in_channels // groups * math.prod(kernel_size))
+    x = _activation(x, x_scale, x_global_scale, dtype, in_channels, decode)
     shape = (in_channels, packed.shape[0] // groups, *kernel_size)
-    weight = dequantize(packed, scale, global_scale, shape, x.dtype, "conv_transpose", groups)
+    weight = dequantize(packed, scale, global_scale, shape, x.dtype, "conv_transpose", groups, decode=decode)
     return _in_format_of(x, torch.convolution(x, weight, bias, stride, padding, dilation, True, output_padding, groups))
 
 
@@ -132,12 +144,21 @@ def conv_transpose(
 @define(
     "(Tensor indices, Tensor packed, Tensor scale, Tensor global_scale, SymInt embedding_dim, ScalarType dtype)"
     " -> Tensor",
+    decode=undecoded,
 )
 def embedding(
-    indices: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor, embedding_dim: int, dtype: torch.dtype
+    indices: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    global_scale: Tensor,
+    embedding_dim: int,
+    dtype: torch.dtype,
+    *,
+    decode: Body = nvfp4.dequantize_rows,
 ) -> Tensor:
     """Indices int [...], packed table of V rows -> rows [..., D] of dtype; only the gathered rows are decoded."""
     check_weight(packed, scale, global_scale, embedding_dim)
     torch._check(indices.dtype in (torch.int32, torch.int64), lambda: f"indices must be integers, are {indices.dtype}")
     codes, scales = F.embedding(indices, packed), F.embedding(indices, scale)
-    return nvfp4.dequantize_rows(codes, scales, global_scale, embedding_dim, dtype)
+    rows: Tensor = decode(codes, scales, global_scale, embedding_dim, dtype)
+    return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,25 +16,44 @@ Body = Callable[..., Any]
 LIBRARY: Any = torch.library.Library("fp4fx", "DEF")  # type: ignore[no-untyped-call]
 
 
-def define(schema: str) -> Callable[[Body], Body]:
+def define(schema: str, **shapes_only: Body) -> Callable[[Body], Body]:
     """Register a function as `fp4fx::<its name>` with the given arguments, and return it unchanged.
 
-    The body is the fake too: what it does to shapes, strides and dtypes is by definition right.
+    The body is the fake too, so that shapes, strides and dtypes are right by definition; `shapes_only` replaces those
+    of its keyword arguments that would compute (decoding, encoding), which keeps a symbolic batch free of guards.
     """
 
     def register(body: Body) -> Body:
         name = body.__name__
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fp4fx::{name}", body, lib=LIBRARY)
+        torch.library.register_fake(f"fp4fx::{name}", functools.partial(body, **shapes_only), lib=LIBRARY)
         return body
 
     return register
 
 
+def _blocks(k: int) -> int:
+    """Blocks in a row, in one spelling: a symbolic k would need a guard to see that two spellings are equal."""
+    return (k + nvfp4.BLOCK - 1) // nvfp4.BLOCK
+
+
+def undecoded(packed: Tensor, scale: Tensor, global_scale: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """The shape of what `nvfp4.dequantize_rows` gives."""
+    return packed.new_empty((*packed.shape[:-1], k), dtype=dtype)
+
+
+def unencoded(rows: Tensor, global_scale: Tensor | None, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes of what `nvfp4.quantize_rows` gives."""
+    *lead, k = rows.shape
+    blocks = _blocks(k)
+    packed, scale = (rows.new_empty((*lead, n * blocks), dtype=torch.uint8) for n in (nvfp4.BLOCK // 2, 1))
+    return packed, scale, rows.new_empty((), dtype=torch.float32)
+
+
 def check_weight(packed: Tensor, scale: Tensor, global_scale: Tensor, k: int) -> None:
     """Refuse operands that are not the packed form of a matrix with `k` columns."""
-    blocks = -(-k // nvfp4.BLOCK)
+    blocks = _blocks(k)
     torch._check(packed.dtype == torch.uint8 and scale.dtype == torch.uint8, lambda: "packed and scale must be uint8")
     torch._check(global_scale.dtype == torch.float32, lambda: f"global_scale must be fp32, is {global_scale.dtype}")
     torch._check(
@@ -47,7 +67,7 @@ def check_weight(packed: Tensor, scale: Tensor, global_scale: Tensor, k: int) ->
 
 def check_input(x: Tensor, x_scale: Tensor | None, dtype: torch.dtype | None, k: int, dim: int) -> None:
     """Refuse an activation whose reduction axis `dim` does not hold `k` values."""
-    blocks = -(-k // nvfp4.BLOCK)
+    blocks = _blocks(k)
     if x_scale is None:
         torch._check(x.is_floating_point(), lambda: f"x must be floating point, is {x.dtype}")
         torch._check(x.shape[dim] == k, lambda: f"x has {x.shape[dim]} values along axis {dim}, the weight expects {k}")
