@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fp4fx import capture, ops
 from fp4fx.errors import BackendError, FallbackError
-from fp4fx.lowering import ATTRIBUTE, Lowering
+from fp4fx.lowering import ATTRIBUTE, DECISION, NOTE, Lowering
 from fp4fx.passes import PASSES
 from fp4fx.pipeline import Context, Folded, run
 from fp4fx.policy import Policy
@@ -44,6 +45,7 @@ def fp4fx(
     """
     policy, on_fallback, patches = _read_options(options or {}, mode)
     capture.never_fold(torch.ops.fp4fx.dequantize.default)
+    gm = capture.own_copy(gm)
     with capture.configured(patches):
         ctx = Context(capture.real_tensors(gm, example_inputs), policy, freezing=capture.freezing())
         counts = run(gm, ctx, PASSES)
@@ -53,7 +55,8 @@ def fp4fx(
     _tell(ctx)
     if on_fallback == "raise":
         _raise_on_fallback(ctx)
-    return _refolding(capture.lower(gm, example_inputs, patches), ctx.folded)
+    compiled = capture.lower(gm, [*example_inputs, *_stand_ins(ctx.folded)], patches)
+    return _with_codes(compiled, ctx.folded)
 
 
 def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Policy | None, str, dict[str, Any]]:
@@ -61,6 +64,11 @@ def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Policy 
     policy, on_fallback = options.get("policy"), options.get("on_fallback")
     if policy is not None and not isinstance(policy, Policy):
         raise BackendError(f"options['policy']: found {type(policy).__name__}, expected fp4fx.Policy")
+    if policy is not None and policy.activations == "nvfp4-static":
+        raise BackendError(
+            "options['policy']: found activations='nvfp4-static', whose scales have to be measured first; use "
+            "fp4fx.quantize with example_inputs, or activations='nvfp4'"
+        )
     if on_fallback not in (None, "report", "raise"):
         raise BackendError(f"options['on_fallback']: found {on_fallback!r}, expected 'report' or 'raise'")
     for key, value in options.items():
@@ -84,7 +92,9 @@ def _tell(ctx: Context) -> None:
     for stored, lowerings in notes.values():
         setattr(stored, ATTRIBUTE, tuple(lowerings))
     for parameter, decision in ctx.decisions:
-        parameter.fp4fx_decision = decision  # type: ignore[attr-defined]
+        setattr(parameter, DECISION, decision)
+    for parameter, reason in ctx.notes:
+        setattr(parameter, NOTE, reason)
 
 
 def _raise_on_fallback(ctx: Context) -> None:
@@ -94,23 +104,39 @@ def _raise_on_fallback(ctx: Context) -> None:
         for _, d in ctx.decisions
         if d.spec is not None and d.spec.weight_only_reason
     ]
-    if refused or weight_only:
-        raise FallbackError("on_fallback='raise' and this graph falls back: " + "; ".join([*weight_only, *refused]))
+    kept = [f"{d.site.parameter}: {d.reason}" for _, d in ctx.decisions if d.rule == "refusal"]
+    missed = [f"a parameter of shape {tuple(p.shape)}: {reason}" for p, reason in ctx.notes]
+    if refused or weight_only or kept or missed:
+        reasons = "; ".join([*kept, *missed, *weight_only, *refused])
+        raise FallbackError(f"on_fallback='raise' and this graph falls back: {reasons}")
 
 
-def _refolding(compiled: capture.CompiledGraph, folded: list[Folded]) -> capture.CompiledGraph:
-    """Encode a parameter anew if it was written to since it was quantized (optimizer step, load_state_dict)."""
-    watched = [(f, [f.parameter._version]) for f in folded if not f.parameter.is_inference()]
-    if not watched:
+def _with_codes(compiled: capture.CompiledGraph, folded: list[Folded]) -> capture.CompiledGraph:
+    """Pass the codes of the parameters that are quantized outside the graph; encode where there are none, or old ones.
+
+    The graph may be called with another parameter than it was captured with (a second model, an assignment), and one
+    may have been written to since (optimizer step, load_state_dict). Only `.data.mul_()` and the like leave no trace.
+    """
+    if not folded:
         return compiled
+    caches: list[Any] = [WeakTensorKeyDictionary() for _ in folded]
 
     def call(*args: Any) -> Any:
-        for f, seen in watched:
-            if f.parameter._version != seen[0]:
-                seen[0] = f.parameter._version
+        codes: list[Tensor] = []
+        for f, cache in zip(folded, caches, strict=True):
+            parameter = f.parameter if f.position is None else args[f.position]
+            state = None if parameter.is_inference() else (parameter._version, parameter.data_ptr())
+            seen, parts = cache.get(parameter, (None, ()))
+            if state is None or seen != state:
                 with torch.no_grad():
-                    for part, fresh in zip(f.parts, ops.quantize(f.parameter.detach(), *f.arguments), strict=True):
-                        part.copy_(fresh)
-        return compiled(*args)
+                    parts = ops.quantize(parameter.detach(), *f.arguments)
+                cache[parameter] = (state, parts)
+            codes.extend(parts)
+        return compiled(*args, *codes)
 
     return call
+
+
+def _stand_ins(folded: list[Folded]) -> list[Tensor]:
+    """What the graph is compiled with in the place of the codes."""
+    return [capture.backend_fake(part) for f in folded for part in ops.quantize(f.parameter.detach(), *f.arguments)]

@@ -6,14 +6,17 @@ parameters are placeholders (or attributes, under Inductor's freezing). Every te
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -27,6 +30,11 @@ OpOverload = torch._ops.OpOverload
 def value(node: Node) -> Any:
     """The fake value that a node stands for (a FakeTensor, a SymInt, a tuple of them), or None if it has none."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def needs_gradient(node: Node) -> bool:
+    """Whether a captured call gave something that requires a gradient."""
+    return any(v.requires_grad for v in pytree.tree_leaves(value(node)) if isinstance(v, Tensor))
 
 
 def arguments(node: Node) -> tuple[Any, ...]:
@@ -64,6 +72,22 @@ def refresh(gm: GraphModule, node: Node) -> None:
         node.meta["example_value"] = node.target(*args, **kwargs)
 
 
+def own_copy(gm: GraphModule) -> GraphModule:
+    """The graph on the same tensors, for us to change: Dynamo goes on reading its own, the inputs above all."""
+    graph = torch.fx.Graph()
+    nodes: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(gm.graph, cast(dict[Any, Any], nodes)))
+    for node, twin in nodes.items():
+        if hasattr(node, "_dynamo_source"):
+            twin._dynamo_source = node._dynamo_source
+    result = GraphModule(gm, graph)
+    result.meta = dict(gm.meta)
+    sources = gm.__dict__.get("_param_name_to_source")
+    if sources is not None:
+        result.__dict__["_param_name_to_source"] = dict(sources)
+    return result
+
+
 def real_tensors(gm: GraphModule, example_inputs: Sequence[Any]) -> dict[Node, Tensor]:
     """The real tensor behind every parameter and buffer of the graph, whether a placeholder or an attribute."""
     found = {
@@ -87,7 +111,7 @@ def _attribute(gm: GraphModule, path: str) -> Any:
     return getattr(gm.get_submodule(owner), name, None)
 
 
-_STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)(?=\.|\[|$)|\[(\d+)\]")
+_STEP = re.compile(r"\['([^']+)'\]|\.(\w+)|\[(\d+)\]")
 
 
 def parameter_name(gm: GraphModule, node: Node) -> str:
@@ -98,8 +122,15 @@ def parameter_name(gm: GraphModule, node: Node) -> str:
     if source is None:
         return str(node.target)
     text = source.name if isinstance(source.name, str) else source.name()
-    steps = [a or b or c for a, b, c in _STEP.findall(text)]
-    return ".".join(steps) or text
+    _, *steps = ["".join(step) for step in _STEP.findall(text)] or [""]
+    return ".".join(step for step in steps if step not in ("_modules", "_parameters", "_buffers")) or text
+
+
+def parameter_names(gm: GraphModule, nodes: Iterable[Node]) -> dict[Node, str]:
+    """A name of its own for every parameter node, also where two models of one graph have parameters of one name."""
+    names = {node: parameter_name(gm, node) for node in nodes}
+    count = Counter(names.values())
+    return {node: name if count[name] == 1 else f"{name} ({node.name})" for node, name in names.items()}
 
 
 def module_classes(gm: GraphModule) -> dict[str, type]:
@@ -122,11 +153,32 @@ def add_constant(gm: GraphModule, name: str, tensor: Tensor) -> Node:
 
         # AOTAutograd asks for the origin of every attribute of a graph that Dynamo made
         sources[name] = ConstantSource(name)
-    first = next(n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
-    with gm.graph.inserting_before(first):
+    with gm.graph.inserting_before(first_call(gm)):
         node = gm.graph.get_attr(name)
     node.meta["example_value"] = fake_mode(gm).from_tensor(tensor, static_shapes=True)
     return node
+
+
+def add_input(gm: GraphModule, name: str, tensor: Tensor) -> Node:
+    """A new last input of the graph, of fixed shape and like the given tensor; who calls the graph has to pass it."""
+    with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
+        node = gm.graph.placeholder(name)
+    node._dynamo_source = None  # AOTAutograd asks; this one is not of the model
+    node.meta["example_value"] = fake_mode(gm).from_tensor(tensor, static_shapes=True)
+    return node
+
+
+def backend_fake(tensor: Tensor) -> Tensor:
+    """A stand-in for an input that Dynamo does not know, of fixed shape, in the mode that AOTAutograd traces under."""
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+
+
+def first_call(gm: GraphModule) -> Node:
+    """The first node that is neither an input nor an attribute."""
+    nodes: Iterable[Node] = gm.graph.nodes
+    return next(n for n in nodes if n.op not in ("placeholder", "get_attr"))
 
 
 def inline(gm: GraphModule, node: Node) -> None:
@@ -184,6 +236,15 @@ def storages(values: Iterable[Any]) -> set[int]:
     return {v.untyped_storage()._cdata for v in pytree.tree_leaves(tuple(values)) if isinstance(v, Tensor)}
 
 
+def _in_place(node: Node) -> bool:
+    """Whether a call of a Python function passes True for its argument `inplace`, by position too."""
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin without a signature
+        return bool(node.kwargs.get("inplace"))
+    return bool(bound.arguments.get("inplace"))
+
+
 def mutated(node: Node) -> set[int]:
     """Storages that a call writes to: by schema where there is one, by Python's naming convention otherwise."""
     written: list[Any] = []
@@ -197,9 +258,7 @@ def mutated(node: Node) -> set[int]:
             order = [a.name for a in schema.arguments]
             given = {**dict(zip(order, node.args, strict=False)), **node.kwargs}
             written = [given[n] for n in names if n in given]
-        elif (
-            name.endswith("_") or node.kwargs.get("inplace") or name in ("iadd", "isub", "imul", "itruediv", "setitem")
-        ):
+        elif name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv", "setitem") or _in_place(node):
             written = list(node.args[:1])
         if "out" in node.kwargs:
             written.append(node.kwargs["out"])

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 ATTRIBUTE = "fp4fx_lowering"
+DECISION = "fp4fx_decision"
+NOTE = "fp4fx_note"
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Packed(nn.Module):
     """Mixin of every generated subclass."""
 
     nvfp4: dict[str, PackedSpec]
-    activations: Activations
+    nvfp4_activations: Activations
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move like any module, but keep the fp32 of global scales and let the computed dtype follow casts."""
@@ -96,12 +96,12 @@ class Packed(nn.Module):
         """Pickle and copy by recipe, since a generated class has no importable name."""
         recipe = super().__reduce_ex__(max(int(protocol), 2))
         assert isinstance(recipe, tuple)
-        return (_blank, (type(self).__bases__[1], tuple(self.nvfp4), self.activations is not None), *recipe[2:])
+        return (_blank, (type(self).__bases__[1], tuple(self.nvfp4), self.nvfp4_activations is not None), *recipe[2:])
 
     def extra_repr(self) -> str:
         """The class's own description and what is packed."""
         packed = [f"{name}=NVFP4{list(spec.shape)}" for name, spec in self.nvfp4.items()]
-        quantized = [f"activations={self.activations}"] if self.activations else []
+        quantized = [f"activations={self.nvfp4_activations}"] if self.nvfp4_activations else []
         return ", ".join(filter(None, [super().extra_repr(), *packed, *quantized]))
 
 
@@ -119,7 +119,9 @@ def _computed(name: str) -> property:
         )
         return decoded
 
-    return property(get, doc=f"The dense {name}, decoded anew at every access.")
+    return property(
+        get, doc=f"The dense {name}, decoded anew at every access: writing into it changes nothing, assign."
+    )
 
 
 _RANK = {
@@ -175,9 +177,7 @@ def _blank(base: type[nn.Module], names: tuple[str, ...], quantizes_input: bool)
     return cls.__new__(cls)
 
 
-def encode(
-    dense: Tensor, spec: PackedSpec, path: str, global_scale: Tensor | None = None
-) -> tuple[nvfp4.NVFP4, PackedSpec]:
+def encode(dense: Tensor, spec: PackedSpec, path: str) -> tuple[nvfp4.NVFP4, PackedSpec]:
     """Quantize a dense parameter as its spec says: the codes, and the spec with their SQNR. `path` is for errors."""
     dense = dense.detach()
     if dense.is_meta:
@@ -188,7 +188,6 @@ def encode(
         dense,
         scale_rule=spec.scale_rule,
         block=spec.block,
-        global_scale=global_scale,
         order=spec.order,
         groups=spec.groups,
     )
@@ -203,10 +202,19 @@ def pack(
     activations: Activations = None,
     input_scale: Tensor | None = None,
 ) -> None:
-    """Turn `module` in place into its packed class; `input_scale` is the static scale of its activations, if any."""
+    """Turn `module` in place into its packed class; `input_scale` is the static scale of its activations, if any.
+
+    Raises:
+        PlanError: the module already has an attribute of a name that a buffer needs.
+    """
+    needed = ["nvfp4", "nvfp4_activations", *(f"{name}_{part}" for name in stored for part in PARTS)]
+    for name in needed if input_scale is None else [*needed, INPUT_SCALE]:
+        if hasattr(module, name):
+            found = f"{type(module).__name__} already has an attribute {name!r}"
+            raise PlanError(f"{found}, which packing {', '.join(stored)} needs; rename it or exclude this module")
     module.__class__ = class_for(type(module), tuple(stored), activations is not None)
     module.__dict__["nvfp4"] = {name: spec for name, (_, spec) in stored.items()}
-    module.__dict__["activations"] = activations
+    module.__dict__["nvfp4_activations"] = activations
     for name, (q, _) in stored.items():
         del module._parameters[name]
         for part in PARTS:

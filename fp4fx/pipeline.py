@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fp4fx import capture
 from fp4fx.errors import Error, PassError
+from fp4fx.graph_sites import COMPUTE_OPS
 from fp4fx.lowering import Lowering
 from fp4fx.plan import Decision
 from fp4fx.policy import Policy
@@ -40,6 +41,8 @@ class Context:
     refusals: dict[Node, str] = field(default_factory=dict)
     """Why a decoded weight or activation could not be eaten by the op that reads it, by dequantize node."""
     folded: list[Folded] = field(default_factory=list)
+    notes: list[tuple[Tensor, str]] = field(default_factory=list)
+    """Parameters of rank 2 or more that are no site of the graph, with the reason."""
     decisions: list[tuple[Tensor, Decision]] = field(default_factory=list)
     """What the policy decided, by parameter, for a model that was never quantized."""
     lowerings: list[tuple[Tensor | None, Lowering]] = field(default_factory=list)
@@ -48,10 +51,12 @@ class Context:
 
 @dataclass(frozen=True)
 class Folded:
-    """A parameter that was quantized at compile time, to be encoded anew when it changes."""
+    """A parameter that is quantized outside the graph: its codes are three new inputs, the last ones, in this order."""
 
     parameter: Tensor
-    parts: tuple[Tensor, Tensor, Tensor]
+    """The one that the graph was captured with."""
+    position: int | None
+    """Which input of the graph the parameter is, since another call may bring another; None if it is an attribute."""
     arguments: tuple[Any, ...]
     """What `fp4fx::quantize` takes after x."""
 
@@ -110,16 +115,6 @@ def run(gm: GraphModule, ctx: Context, passes: Sequence[Pass]) -> dict[str, int]
     return counts
 
 
-_EATERS = (
-    "linear",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "conv_transpose1d",
-    "conv_transpose2d",
-    "conv_transpose3d",
-    "embedding",
-)
 _QDQ = ("quantize", "dequantize", "fake_quantize")
 
 
@@ -136,9 +131,15 @@ def verify(gm: GraphModule, ctx: Context, dialect: Dialect) -> None:
         if dialect is Dialect.ATEN or (dialect is Dialect.QDQ and name not in _QDQ):
             raise PassError(f"{node.format_node()} in a graph that may hold {dialect.value}")
         if dialect is Dialect.FUSED and name == "dequantize" and node not in ctx.refusals:
-            eater = next((user for user in node.users if aten_name(user) in _EATERS), None)
+            eater = next((user for user in node.users if _weight_of(user) is node), None)
             if eater is not None:
                 raise PassError(f"{node} was not fused into {eater} and no reason was given")
+
+
+def _weight_of(node: Node) -> Any:
+    """The weight of a compute op that has a fused form, or None."""
+    compute = COMPUTE_OPS.get(node.target)
+    return None if compute is None or compute.op == "norm" else capture.arguments(node)[compute.weight]
 
 
 def op_name(node: Node) -> str | None:

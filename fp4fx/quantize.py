@@ -28,6 +28,9 @@ def quantize(
 ) -> nn.Module:
     """A new model in which the weights that the policy chooses are packed NVFP4; the original is untouched.
 
+    What is not quantized is shared: parameters and buffers of the new model are on the original's memory, so that
+    training the one (or moving BatchNorm's statistics) moves the other; deepcopy the result where that is not wanted.
+
     Args:
         model: any module; stays as it was and goes on working.
         policy: what to quantize and how; `Policy()` if None.
@@ -39,9 +42,14 @@ def quantize(
         fp4fx.FallbackError: with `on_fallback="raise"`, something cannot be had as the policy asks for it.
         fp4fx.Error: the policy does not fit the model, a weight holds NaN or Inf, or the model cannot be traced.
     """
-    if not isinstance(model, nn.Module) or plan_of(model) is not None:
-        found = "an already quantized model" if isinstance(model, nn.Module) else type(model).__name__
-        raise PlanError(f"quantize: found {found}, expected a torch.nn.Module with dense weights")
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"quantize: found {type(model).__name__}, expected a torch.nn.Module")
+    for name, module in model.named_modules():
+        if isinstance(module, Packed) or plan_of(module) is not None:
+            where = f"{name} is" if name else "the model is"
+            raise PlanError(
+                f"quantize: {where} already quantized, expected dense weights; quantize the whole model at once"
+            )
     chosen = plan(model, policy, example_inputs, example_kwargs)
     if chosen.policy.on_fallback == "raise":
         _raise_on_fallback(chosen)
@@ -70,7 +78,6 @@ def apply(
     _check(model, plan, by_module)
     result = _sharing_copy(model)
     encoded: dict[int, tuple[nvfp4.NVFP4, PackedSpec]] = {}  # a tied tensor is quantized once
-    scales = {} if skeleton else _shared_scales(result, plan.quantized)
     for path, decisions in by_module.items():
         module = result.get_submodule(path)
         if isinstance(module, Packed):  # the same module under another name
@@ -89,13 +96,22 @@ def apply(
                     block=decision.spec.block,
                 )
                 source = dense.to("meta") if skeleton else dense
-                name = decision.site.parameter
-                encoded[id(dense)] = encode(source, spec, name, scales.get(name))
+                encoded[id(dense)] = encode(source, spec, decision.site.parameter)
             stored[attribute] = encoded[id(dense)]
         activations = _activations(path, plan)
         pack(module, stored, activations, _input_scale(path, activations, input_scales, skeleton))
+    _close_fast_paths(result)
     remember_plan(result, plan)
     return result
+
+
+def _close_fast_paths(model: nn.Module) -> None:
+    """Keep transformer layers with packed children from PyTorch's fused op, which skips the children's forward."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor &= not any(isinstance(child, Packed) for child in module.modules())
+        elif isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, Packed) for m in module.modules()):
+            module.activation_relu_or_gelu = 0  # read by nothing but the conditions of the fused op
 
 
 def _activations(path: str, plan: Plan) -> Activations:
@@ -145,25 +161,10 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         held: Iterable[Any] = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
         memo.update({id(value): value for value in held if isinstance(value, Tensor)})
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:  # an object of its own on the same memory: `.half()` rebinds its data
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     return copy.deepcopy(model, memo)
-
-
-def _shared_scales(model: nn.Module, decisions: tuple[Decision, ...]) -> dict[str, Tensor]:
-    """One global scale for linears that read the same activation (q/k/v, gate/up): servers fuse such layers."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    families: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for d in decisions:
-        if d.site.op == "linear" and d.site.activation >= 0:
-            families[d.site.activation][d.site.parameter] = parameters[d.site.parameter]
-    scales = {}
-    for family in families.values():
-        if len(family) > 1 and not any(p.is_meta for p in family.values()):
-            for name, p in family.items():
-                nvfp4.check_finite(p.detach(), name)
-            largest = max(family.values(), key=lambda p: float(p.detach().abs().amax()))
-            shared = nvfp4.global_scale(largest.detach())
-            scales.update(dict.fromkeys(family, shared))
-    return scales
 
 
 def _raise_on_fallback(plan: Plan) -> None:
@@ -198,13 +199,15 @@ def _static_scales(model: nn.Module, plan: Plan, inputs: Any, kwargs: dict[str, 
     scales: dict[str, Tensor] = {}
 
     def observe(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen = nvfp4.global_scale(args[0].detach()) * HEADROOM
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            seen = nvfp4.global_scale((*args, *kwargs.values())[0].detach()) * HEADROOM
             scales[name] = torch.maximum(scales[name], seen) if name in scales else seen
 
         return hook
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(observe(name)) for name in sorted(names)]
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(observe(name), with_kwargs=True) for name in sorted(names)
+    ]
     try:
         model(*(inputs if isinstance(inputs, tuple | list) else () if inputs is None else (inputs,)), **(kwargs or {}))
     finally:

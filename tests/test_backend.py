@@ -182,59 +182,13 @@ def test_a_graph_break_works():
     assert kernels(q) == ["linear: inductor", "linear: inductor"]
 
 
-class TestPolicyOption:
-    """A model that was never quantized."""
-
-    def test_it_gives_what_quantize_gives(self):
-        model = ConvNet().eval()
-        x = torch.randn(2, 3, 8, 8)
-        for policy in (fp4fx.Policy(), W4A4):
-            torch._dynamo.reset()
-            compiled = torch.compile(model, backend="fp4fx", fullgraph=True, options={"policy": policy})
-            with torch.no_grad():
-                torch.testing.assert_close(compiled(x), fp4fx.quantize(model, policy)(x), rtol=1e-5, atol=1e-5)
-
-    def test_the_report_is_there_too(self):
-        model = ConvNet().eval()
-        compiled = torch.compile(model, backend="fp4fx", options={"policy": fp4fx.Policy()})
-        with torch.no_grad():
-            compiled(torch.randn(2, 3, 8, 8))
-        text = str(fp4fx.report(compiled))
-        assert "body.weight" in text and "first of 4" in text and "inductor" in text
-
-    def test_a_changed_parameter_is_encoded_anew(self):
-        model = nn.Sequential(nn.Linear(32, 8)).eval()
-        compiled = torch.compile(model, backend="fp4fx", options={"policy": ALL})
-        x = torch.randn(3, 32)
-        with torch.no_grad():
-            compiled(x)
-            model[0].weight.mul_(-3.0)
-            torch.testing.assert_close(compiled(x), fp4fx.quantize(model, ALL)(x), rtol=1e-5, atol=1e-5)
-
-    def test_trainable_weights_are_fake_quantized_straight_through(self):
-        model = nn.Sequential(nn.Linear(32, 8))
-        compiled = torch.compile(model, backend="fp4fx", options={"policy": ALL})
-        x = torch.randn(3, 32)
-        y = compiled(x)
-        torch.testing.assert_close(y, fp4fx.quantize(model, ALL)(x), rtol=1e-5, atol=1e-5)
-        y.sum().backward()
-        torch.testing.assert_close(model[0].weight.grad, x.sum(0).expand(8, 32), rtol=1e-5, atol=1e-5)
-
-    @pytest.mark.parametrize("freezing", [False, True])
-    def test_freezing_keeps_it_packed(self, freezing):
-        model = ConvNet().eval()
-        x = torch.randn(2, 3, 8, 8)
-        with torch.no_grad(), torch._inductor.config.patch(freezing=freezing):
-            compiled = torch.compile(model, backend="fp4fx", options={"policy": ALL})
-            torch.testing.assert_close(compiled(x), fp4fx.quantize(model, ALL)(x), rtol=1e-5, atol=1e-5)
-
-
 def test_options_are_checked():
     q = fp4fx.quantize(nn.Linear(32, 8), ALL)
     for options, message in (
         ({"polizy": 1}, "polizy"),
         ({"policy": "all"}, "found str"),
         ({"on_fallback": "ignore"}, "ignore"),
+        ({"policy": fp4fx.Policy(activations="nvfp4-static")}, "example_inputs"),
     ):
         torch._dynamo.reset()
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):

@@ -70,8 +70,8 @@ def _conv_transpose_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def register_autograd() -> None:
     """Attach the formulas to the ops; called once, when the ops are defined."""
-    table: dict[str, tuple[Body, Body | None]] = {
-        "fake_quantize": (lambda ctx, grad: (grad, *_nones(5)), None),
+    table: dict[str, tuple[Body, Body]] = {
+        "fake_quantize": (lambda ctx, grad: (grad, *_nones(5)), lambda ctx, inputs, output: None),
         "linear": (_linear_backward, _save_linear),
         "conv": (_conv_backward, _save_convolution),
         "conv_transpose": (_conv_transpose_backward, _save_convolution),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fp4fx import nvfp4
-from fp4fx.ops.library import Body, check_weight, define, undecoded, unencoded
+from fp4fx.ops.library import Body, check_weight, define, in_format_of, undecoded, unencoded
 from fp4fx.site import Order
 
 
@@ -50,11 +50,11 @@ def dequantize(
     *,
     decode: Body = nvfp4.dequantize_rows,
 ) -> Tensor:
-    """Packed rows -> the tensor of the given shape and dtype: code · scale · global_scale in fp32, then cast."""
+    """Packed rows -> a contiguous tensor of the shape and dtype: code · scale · global_scale in fp32, then cast."""
     k = nvfp4.row_length(tuple(shape), order, groups)
     check_weight(packed, scale, global_scale, k)
     rows = decode(packed, scale, global_scale, k, dtype)
-    return nvfp4.from_rows(rows, tuple(shape), order, groups)
+    return nvfp4.from_rows(rows, tuple(shape), order, groups).contiguous()
 
 
 @define(
@@ -74,7 +74,7 @@ def fake_quantize(
     encode: Body = nvfp4.quantize_rows,
     decode: Body = nvfp4.dequantize_rows,
 ) -> Tensor:
-    """x fp -> what dequantize(quantize(x)) gives: same shape and dtype, contiguous, gradient straight through."""
+    """x fp -> what dequantize(quantize(x)) gives, in x's memory format; the gradient passes straight through."""
     q = quantize(x, global_scale, order, groups, scale_rule, block_rows, encode=encode)
     dense: Tensor = dequantize(*q, x.shape, x.dtype, order, groups, decode=decode)
-    return dense.contiguous()
+    return in_format_of(x, dense)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4fx import nvfp4
-from fp4fx.ops.codec import dequantize
-from fp4fx.ops.library import Body, check_input, check_weight, define, undecoded
+from fp4fx.ops.library import Body, check_input, check_weight, define, in_format_of, undecoded
+from fp4fx.site import Order
 
 # --- linear -----------------------------------------------------------------------------------------------------------
 
@@ -62,15 +62,24 @@ def _activation(
     if x_scale is None or x_global_scale is None or dtype is None:
         return x
     decoded: Tensor = decode(x, x_scale, x_global_scale, channels, dtype)
-    return decoded.movedim(-1, 1)
+    return decoded.movedim(-1, 1).contiguous()
 
 
-def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """y in channels_last if x is, else contiguous: so that strides follow from the arguments alone."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
-        return y.contiguous()
-    return y.contiguous(memory_format=last)
+def _weight(
+    packed: Tensor,
+    scale: Tensor,
+    global_scale: Tensor,
+    shape: tuple[int, ...],
+    x: Tensor,
+    order: Order,
+    groups: int,
+    decode: Body,
+) -> Tensor:
+    """The dense weight in x's dtype and memory format: one in channels_last would make the library answer in it."""
+    k = nvfp4.row_length(shape, order, groups)
+    check_weight(packed, scale, global_scale, k)
+    rows = decode(packed, scale, global_scale, k, x.dtype)
+    return in_format_of(x, nvfp4.from_rows(rows, shape, order, groups))
 
 
 @define(
@@ -100,10 +109,9 @@ def conv(
     """x [B, C, *spatial] fp, packed weight of N rows over (*kernel, C/groups) -> y [B, N, *spatial'], 1- to 3-D."""
     x = _activation(x, x_scale, x_global_scale, dtype, in_channels, decode)
     shape = (packed.shape[0], in_channels // groups, *kernel_size)
-    weight = dequantize(packed, scale, global_scale, shape, x.dtype, "conv", groups, decode=decode)
-    return _in_format_of(
-        x, torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
-    )
+    weight = _weight(packed, scale, global_scale, shape, x, "conv", groups, decode)
+    y = torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    return in_format_of(x, y)
 
 
 @define(
@@ -134,8 +142,9 @@ def conv_transpose(
     """x [B, C, *spatial] fp, packed weight of N rows over (*kernel, C/groups) -> y [B, N, *spatial'], transposed."""
     x = _activation(x, x_scale, x_global_scale, dtype, in_channels, decode)
     shape = (in_channels, packed.shape[0] // groups, *kernel_size)
-    weight = dequantize(packed, scale, global_scale, shape, x.dtype, "conv_transpose", groups, decode=decode)
-    return _in_format_of(x, torch.convolution(x, weight, bias, stride, padding, dilation, True, output_padding, groups))
+    weight = _weight(packed, scale, global_scale, shape, x, "conv_transpose", groups, decode)
+    y = torch.convolution(x, weight, bias, stride, padding, dilation, True, output_padding, groups)
+    return in_format_of(x, y)
 
 
 # --- embedding --------------------------------------------------------------------------------------------------------

@@ -38,6 +38,14 @@ def _blocks(k: int) -> int:
     return (k + nvfp4.BLOCK - 1) // nvfp4.BLOCK
 
 
+def in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """y in channels_last if x is, else contiguous: strides follow from the arguments alone."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return y.contiguous()
+    return y.contiguous(memory_format=last)
+
+
 def undecoded(packed: Tensor, scale: Tensor, global_scale: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     """The shape of what `nvfp4.dequantize_rows` gives."""
     return packed.new_empty((*packed.shape[:-1], k), dtype=dtype)

@@ -6,9 +6,9 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from fp4fx.capture import arguments, emit, value
+from fp4fx.capture import arguments, emit, needs_gradient, value
 from fp4fx.pipeline import Context, op_name
 
 quantize = torch.ops.fp4fx.quantize.default
@@ -24,7 +24,7 @@ def expose_qdq(gm: GraphModule, ctx: Context) -> int:
     """
     rewrites = 0
     for node in gm.graph.nodes:
-        if op_name(node) != "fake_quantize" or value(node).requires_grad:
+        if op_name(node) != "fake_quantize" or _needs_gradient(node):
             continue
         given = arguments(node)
         x, global_scale, order, groups, *rest = given + _DEFAULTS[len(given) :]
@@ -40,6 +40,11 @@ def expose_qdq(gm: GraphModule, ctx: Context) -> int:
         node.replace_all_uses_with(dense)
         rewrites += 1
     return rewrites
+
+
+def _needs_gradient(node: Node) -> bool:
+    """Whether a gradient flows through; asked of what was captured, not of the grad mode that the passes run under."""
+    return bool(value(arguments(node)[0]).requires_grad) and any(needs_gradient(user) for user in node.users)
 
 
 _DEFAULTS: tuple[Any, ...] = (None, None, "rows", 1, "max", 1)

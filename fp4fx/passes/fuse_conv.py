@@ -60,9 +60,19 @@ def _fuse(gm: GraphModule, ctx: Context, node: Node, *, transposed: bool) -> boo
     fused = emit(gm, target, (a.x, *w.parts, bias, channels, kernel, *tail, *a.scales), like=node)
     if unbatched:
         fused = emit(gm, aten.squeeze.dim, (fused, 0), like=node)
+    fused = _in_format_of(gm, fused, node)
     node.replace_all_uses_with(fused)
     gm.graph.erase_node(node)
     return True
+
+
+def _in_format_of(gm: GraphModule, fused: Node, original: Node) -> Node:
+    """The memory format that the captured graph was traced with, on which a later view may rely."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(value(original).dim())
+    if last is None or value(original).is_contiguous() == value(fused).is_contiguous():
+        return fused
+    wanted = torch.contiguous_format if value(original).is_contiguous() else last
+    return emit(gm, aten.clone.default, (fused,), {"memory_format": wanted}, like=original)
 
 
 def _total(kernel: list[int], dilation: list[int]) -> list[int]:

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fp4fx.capture import arguments, emit, module_classes, parameter_name, value
+from fp4fx.capture import arguments, emit, module_classes, mutated, needs_gradient, parameter_names, storages, value
 from fp4fx.graph_sites import COMPUTE_OPS, find_sites
 from fp4fx.nvfp4 import excess_kurtosis
 from fp4fx.packed import STOCK
-from fp4fx.pipeline import Context
+from fp4fx.pipeline import Context, Dialect, verify
 from fp4fx.plan import Decision, decide, weight_sqnr
 from fp4fx.policy import Policy
 from fp4fx.site import Site
@@ -30,7 +30,8 @@ def insert_qdq(gm: GraphModule, ctx: Context) -> int:
     """
     if ctx.policy is None:
         return 0
-    parameters = {node: parameter_name(gm, node) for node, t in ctx.real.items() if isinstance(t, nn.Parameter)}
+    verify(gm, ctx, Dialect.ATEN)
+    parameters = parameter_names(gm, (node for node, t in ctx.real.items() if isinstance(t, nn.Parameter)))
     by_name = {name: node for node, name in parameters.items()}
     stock = {name for name, cls in module_classes(gm).items() if issubclass(cls, STOCK)}
     inputs = [node for node in gm.graph.find_nodes(op="placeholder") if node not in ctx.real]
@@ -45,8 +46,15 @@ def insert_qdq(gm: GraphModule, ctx: Context) -> int:
     def sqnr(site: Site, own: Policy) -> float:
         return weight_sqnr(ctx.real[by_name[site.parameter]].detach(), site, own.scale_rule, own.block)
 
-    trace = Trace(tuple(map(measured, found.sites)), found.notes, ())
-    plan = decide(trace, ctx.policy, sqnr, fragment=True)
+    written = set().union(*map(mutated, gm.graph.nodes))
+    sites = [
+        replace(measured(site), refusal="the parameter is written to in the graph")
+        if written & storages([value(by_name[site.parameter])])
+        else measured(site)
+        for site in found.sites
+    ]
+    plan = decide(Trace(tuple(sites), found.notes, ()), ctx.policy, sqnr, fragment=True)
+    ctx.notes.extend((ctx.real[by_name[note.name]], note.reason) for note in found.notes)
     packed: set[str] = set()
     for decision in plan.decisions:
         site = decision.site
@@ -63,12 +71,16 @@ def insert_qdq(gm: GraphModule, ctx: Context) -> int:
 
 
 def _quantize_parameter(gm: GraphModule, parameter: Node, decision: Decision) -> None:
+    """One fake_quantize for the readers under gradients and one, to be folded, for all others."""
     assert decision.spec is not None
-    first = min(parameter.users)  # nodes compare by their place in the graph
     order, groups = decision.site.order, decision.site.groups
-    arguments = (parameter, None, order, groups, decision.spec.scale_rule, decision.spec.block[0])
-    quantized = emit(gm, fake_quantize, arguments, like=first)
-    parameter.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
+    call = (parameter, None, order, groups, decision.spec.scale_rule, decision.spec.block[0])
+    users = list(parameter.users)
+    for readers in ([u for u in users if needs_gradient(u)], [u for u in users if not needs_gradient(u)]):
+        if readers:
+            quantized = emit(gm, fake_quantize, call, like=min(readers))  # nodes compare by their place in the graph
+            for reader in readers:
+                reader.replace_input_with(parameter, quantized)
 
 
 def _quantize_activation(gm: GraphModule, node: Node, site: Site) -> None:

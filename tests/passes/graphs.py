@@ -40,7 +40,8 @@ class Captured:
 
         with torch.set_grad_enabled(grad):
             self.expected = torch.compile(function, backend=keep, fullgraph=True)(*inputs)
-        ((self.gm, self.inputs),) = found
+        ((gm, self.inputs),) = found
+        self.gm = capture.own_copy(gm)
         self.ctx = Context(real=capture.real_tensors(self.gm, self.inputs), policy=policy, freezing=freezing)
         self.grad = grad
 

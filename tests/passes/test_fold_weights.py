@@ -12,18 +12,35 @@ from tests.passes.graphs import Captured
 ALL = Policy(skip_first=0, skip_last=0)
 
 
-def test_a_parameter_is_quantized_once_and_read_no_more():
+def test_the_codes_of_a_parameter_become_inputs_and_it_is_read_no_more():
     net = nn.Sequential(nn.Linear(32, 16, bias=False))
     g = Captured(net, torch.randn(3, 32), policy=ALL)
-    before = g.gm(*g.inputs)[0]
+    given = len(g.gm.graph.find_nodes(op="placeholder"))
     assert g.apply(canonicalize, insert_qdq, expose_qdq, fold_weights) == 1
     assert g.count("fp4fx.quantize") == 0
-    assert [b.dtype for b in g.gm.buffers()] == [torch.uint8, torch.uint8, torch.float32]
-    weight = next(n for n, t in g.ctx.real.items() if isinstance(t, nn.Parameter) and n.op == "placeholder")
-    assert not weight.users
+    inputs = g.gm.graph.find_nodes(op="placeholder")
+    assert [n.meta["example_value"].dtype for n in inputs[given:]] == [torch.uint8, torch.uint8, torch.float32]
+    (folded,) = g.ctx.folded
+    assert folded.parameter is net[0].weight and g.inputs[folded.position] is net[0].weight
+    assert not inputs[folded.position].users
+    codes = torch.ops.fp4fx.quantize(net[0].weight.detach(), *folded.arguments)
     quantized = torch.ops.fp4fx.fake_quantize(net[0].weight.detach())
-    torch.testing.assert_close(g.gm(*g.inputs)[0], g.inputs[-1] @ quantized.T)
-    assert not torch.equal(before, g.gm(*g.inputs)[0])
+    torch.testing.assert_close(g.gm(*g.inputs, *codes)[0], g.inputs[-1] @ quantized.T)
+
+
+def test_a_buffer_may_change_and_is_not_folded():
+    class Stateful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("state", torch.zeros(3, 32))
+
+        def forward(self, x):
+            self.state.copy_(x)
+            return torch.ops.fp4fx.fake_quantize.default(self.state).relu()
+
+    g = Captured(Stateful(), torch.randn(3, 32))
+    assert g.apply(canonicalize, expose_qdq, fold_weights) == 0
+    assert g.count("fp4fx.quantize") == 1
 
 
 def test_an_activation_is_not_folded():

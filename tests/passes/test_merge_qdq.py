@@ -30,6 +30,20 @@ def test_a_write_in_between_keeps_them_apart():
     g.check(0)
 
 
+def test_a_write_by_a_positional_inplace_is_a_write():
+    relu6 = torch.nn.ReLU6(inplace=True)
+
+    def f(x):
+        x = x * 4
+        a = fake_quantize(x)
+        relu6(x)
+        return a + fake_quantize(x)
+
+    g = Captured(f, torch.randn(4, 32))
+    assert g.apply(expose_qdq, merge_qdq) == 0
+    g.check(0)
+
+
 def test_a_write_elsewhere_does_not():
     def f(x):
         a, y = fake_quantize(x), x + 1
