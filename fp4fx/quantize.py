@@ -214,8 +214,3 @@ def _static_scales(model: nn.Module, plan: Plan, inputs: Any, kwargs: dict[str, 
         for hook in hooks:
             hook.remove()
     return scales
-
-
-def packed_modules(model: nn.Module) -> dict[str, Packed]:
-    """The packed modules of a model by qualified name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, Packed)}

@@ -20,8 +20,10 @@ class Request:
     target: Target
     dtype: torch.dtype
     """Dtype of the result."""
-    n: int
-    k: int
+    n: int | None
+    """Rows of the packed weight; None for an op on an activation, whose sizes may be dynamic."""
+    k: int | None
+    """Length of its rows, padded to whole blocks of 16."""
     quantized_input: bool
     """The activation arrives packed (W4A4)."""
     freezing: bool

@@ -5,6 +5,7 @@ from safetensors import safe_open
 from torch import nn
 
 import fp4fx
+from fp4fx.packed import Packed
 
 ALL = fp4fx.Policy(skip_first=0, skip_last=0)
 W4A4 = fp4fx.Policy.w4a4(skip_first=0, skip_last=0)
@@ -64,3 +65,8 @@ def assert_same_contents(path, other):
     (tensors, metadata), (others, other_metadata) = contents(path), contents(other)
     assert metadata == other_metadata
     assert_same_bits(tensors, others)
+
+
+def packed_modules(model):
+    """The packed modules of a model by qualified name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Packed)}

@@ -10,7 +10,6 @@ from torch import nn
 import fp4fx
 from fp4fx.checkpoint import load, save
 from fp4fx.packed import plan_of
-from fp4fx.quantize import packed_modules
 from tests.checkpoints import (
     ALL,
     IMAGE,
@@ -22,6 +21,7 @@ from tests.checkpoints import (
     assert_unchanged,
     contents,
     everything,
+    packed_modules,
     snapshot,
 )
 from tests.models import Attention, ConvNet, Tied, UNet

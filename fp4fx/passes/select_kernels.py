@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -61,17 +62,15 @@ def _stored(node: Node, name: str, ctx: Context) -> Tensor | None:
 def _request(node: Node, name: str, ctx: Context, *, frozen: bool) -> Request:
     result = value(node)
     result = result[0] if isinstance(result, tuple) else result
-    packed: Any = value(arguments(node)[_PACKED[name]])
-    last = packed.shape[-1] * 2 if packed.dtype.itemsize == 1 else packed.shape[-1]
+    first, operand = value(arguments(node)[0]), value(arguments(node)[_PACKED[name]])
+    is_weight = _PACKED[name] == 1 and operand.dim() == 2
     return Request(
         op=name,
         target=target_of(result.device),
         dtype=result.dtype,
-        n=packed.shape[0] if packed.dim() else 1,
-        k=last,
-        quantized_input=len(node.args) > 8
-        and isinstance(value(arguments(node)[0]), Tensor)
-        and value(arguments(node)[0]).dtype.itemsize == 1,
+        n=operand.shape[0] if is_weight else None,
+        k=2 * operand.shape[1] if is_weight else None,
+        quantized_input=is_weight and first.dtype == torch.uint8,
         freezing=ctx.freezing and frozen,
     )
 
