@@ -42,3 +42,20 @@ class PassError(Error):
 
 class FallbackError(Error):
     """Something fell back to a slower or less precise path and `on_fallback="raise"` forbids it."""
+
+
+class ModelError(Error, ValueError):
+    """A MODEL argument names nothing that can be made."""
+
+
+class HubError(ModelError):
+    """Pretrained weights are out of reach: no network, or a hub that does not answer."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        self.reason = reason.strip().partition("\n")[0]
+        advice = "try again later, or take random ones (--no-pretrained)"
+        super().__init__(f"{source}: no pretrained weights: {self.reason}; {advice}")
+
+
+class MissingPackageError(Error, ImportError):
+    """An optional package is not installed."""
