@@ -203,7 +203,8 @@ def decide(
         trace: What was found in a model or a graph.
         policy: `Policy()` if None.
         sqnr: Gives the signal to quantization noise ratio (dB) of a site's weight under its policy, for `min_sqnr`.
-        fragment: The trace is one graph of a model in several; a pattern that matches nothing here may match elsewhere.
+        fragment: The trace is one graph of a model in several; a pattern that matches nothing here may match elsewhere,
+            and the reasons say that sites are counted within the graph.
     """
     policy = Policy() if policy is None else policy
     if not isinstance(policy, Policy):
@@ -214,7 +215,7 @@ def decide(
         policy.require_matches(trace.sites, [note.name for note in (*trace.unreached, *trace.opaque)])
     policy = policy.resolved(trace.sites)
     counted = [site.index for site in trace.sites if counts(site)]
-    context = Context({index: place for place, index in enumerate(counted, 1)}, len(counted), sqnr)
+    context = Context({index: place for place, index in enumerate(counted, 1)}, len(counted), sqnr, fragment)
     decisions = [_decide_use(site, policy, context) for site in trace.sites]
     uses: dict[str, list[Decision]] = {}
     for decision in decisions:

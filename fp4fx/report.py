@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fp4fx import nvfp4
 from fp4fx.errors import PlanError
-from fp4fx.lowering import lowerings_of
+from fp4fx.lowering import DECISION, NOTE, lowerings_of
 from fp4fx.packed import PARTS, Packed, plan_of
 from fp4fx.plan import FOLDED, Decision, Plan, notes, weight_sqnr
 from fp4fx.policy import Policy
@@ -42,7 +42,7 @@ class Row:
     kernels: tuple[str, ...]
     """`op: kernel` of each use in a compiled graph; empty before compiling and for a kept site."""
     refusals: tuple[str, ...]
-    """Why the kernels ahead of those were not taken."""
+    """Why the kernels ahead of those were not taken; empty where `kernels` is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +118,19 @@ def report(model: nn.Module) -> Report:
     plan = plan_of(model)
     if plan is not None:
         return _of_packed(model, plan)
-    decided = {name: p.fp4fx_decision for name, p in model.named_parameters() if hasattr(p, "fp4fx_decision")}
-    if not decided:
+    decided: dict[str, Decision] = _left_on(model, DECISION)
+    noted: dict[str, str] = _left_on(model, NOTE)
+    if not decided and not noted:
         raise PlanError(
             f"report: found a {type(model).__name__} that carries no plan, expected a quantized model; "
             'call fp4fx.quantize first, or compile with options={"policy": ...} and run it once'
         )
-    return _of_compiled(model, decided)
+    return _of_compiled(model, decided, noted)
+
+
+def _left_on(model: nn.Module, attribute: str) -> dict[str, Any]:
+    """What the compiler left on the parameters of a model under the name of an attribute."""
+    return {name: getattr(p, attribute) for name, p in model.named_parameters() if hasattr(p, attribute)}
 
 
 def _of_packed(model: nn.Module, plan: Plan) -> Report:
@@ -162,7 +168,7 @@ def _of_packed(model: nn.Module, plan: Plan) -> Report:
     )
 
 
-def _of_compiled(model: nn.Module, decided: Mapping[str, Decision]) -> Report:
+def _of_compiled(model: nn.Module, decided: Mapping[str, Decision], noted: Mapping[str, str]) -> Report:
     rows = []
     for name, found in sorted(decided.items(), key=lambda item: item[1].site.index):
         parameter, spec = model.get_parameter(name).detach(), found.spec
@@ -175,14 +181,14 @@ def _of_compiled(model: nn.Module, decided: Mapping[str, Decision]) -> Report:
             sqnr = None if parameter.is_meta else weight_sqnr(parameter, decision.site, spec.scale_rule, spec.block)
             bits = decision.nbytes * 8 / decision.site.numel
             rows.append(_row(decision, model.get_parameter(name), bits, sqnr))
-    rest = [name for name, p in model.named_parameters() if p.dim() > 1 and name not in decided]
+    rest = [name for name, p in model.named_parameters() if p.dim() > 1 and name not in {**decided, **noted}]
     unreached = tuple(Note(name, "no compiled graph has it as the weight of a known op") for name in rest)
     plan = Plan(tuple(decided.values()), Policy(), unreached)  # for its notes; the policy was the compiler's
     values = sum(d.site.numel for d in plan.quantized)
     resident = _resident(model)
     return Report(
         rows=tuple(rows),
-        notes=notes(plan),
+        notes=(*notes(plan), *(f"not reached: {name}: {reason}" for name, reason in noted.items())),
         resident=resident,
         dense=resident,
         numel=sum(p.numel() for p in model.parameters()),
@@ -193,7 +199,9 @@ def _of_compiled(model: nn.Module, decided: Mapping[str, Decision]) -> Report:
 
 
 def _row(decision: Decision, stored: Tensor, bits: float | None = None, sqnr: float | None = None) -> Row:
-    site, lowerings = decision.site, lowerings_of(stored)
+    site = decision.site
+    # A parameter that is kept now may bear what an earlier compile, with another policy, did with it.
+    lowerings = lowerings_of(stored) if decision.spec else ()
     return Row(
         parameter=site.parameter,
         op=site.op,

@@ -25,6 +25,13 @@ class Context:
     """How many sites are counted."""
     sqnr: Callable[[Site, Policy], float] | None
     """Measures the weight of a site under its policy, in dB; None if the values are not at hand."""
+    fragment: bool = False
+    """True if the sites are those of one graph of a model in several."""
+
+    @property
+    def total(self) -> str:
+        """How many sites are counted, and where."""
+        return f"{self.count} in this graph" if self.fragment else str(self.count)
 
 
 Rule = Callable[[Site, Policy, Context], str | None]
@@ -68,7 +75,7 @@ def _skip_first(site: Site, policy: Policy, context: Context) -> str | None:
     place = context.place.get(site.index)
     if place is None or place > policy.skip_first:
         return None
-    return f"first of {context.count}" if place == 1 else f"{place} of {context.count}, skip_first={policy.skip_first}"
+    return f"first of {context.total}" if place == 1 else f"{place} of {context.total}, skip_first={policy.skip_first}"
 
 
 def _skip_last(site: Site, policy: Policy, context: Context) -> str | None:
@@ -76,8 +83,8 @@ def _skip_last(site: Site, policy: Policy, context: Context) -> str | None:
     if place is None or place <= context.count - policy.skip_last:
         return None
     if place == context.count:
-        return f"last of {context.count}"
-    return f"{place} of {context.count}, skip_last={policy.skip_last}"
+        return f"last of {context.total}"
+    return f"{place} of {context.total}, skip_last={policy.skip_last}"
 
 
 def _min_numel(site: Site, policy: Policy, context: Context) -> str | None:

@@ -6,6 +6,7 @@ behind a module whose Python depends on data the trace goes on with values that 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -98,7 +99,10 @@ class SymbolicTrace(fx.Tracer):
         for path, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 self._adopt(path, module)
-        with _intercepted_calls(self._call):
+        with (
+            _intercepted(nn.Module, "__call__", self._call),
+            _intercepted(nn.MultiheadAttention, "forward", self._multihead),
+        ):
             model(*self._fresh_arguments(model))
 
     def _adopt(self, path: str, module: nn.Module) -> None:
@@ -126,7 +130,7 @@ class SymbolicTrace(fx.Tracer):
 
     def _fresh_arguments(self, module: nn.Module) -> tuple[Value, ...]:
         """Values for the arguments that a module requires, or for the first, as models of transformers require none."""
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
             return (self._fresh("query"),) * 3
         named_only = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
         arguments = [p for p in inspect.signature(module.forward).parameters.values() if p.kind not in named_only]
@@ -204,8 +208,6 @@ class SymbolicTrace(fx.Tracer):
     def _forward(self, forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             raise TypeError(NO_RECURRENT)
-        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
-            return self._multihead(module, *args, **kwargs)
         if isinstance(module, INSTANCE_NORMS):
             statistics = (module.running_mean, module.running_var, module.weight, module.bias)
             return F.instance_norm(args[0], *statistics, use_input_stats=not module.track_running_stats)
@@ -220,6 +222,10 @@ class SymbolicTrace(fx.Tracer):
         layer = next((kind for kind in LAYERS if isinstance(module, kind)), None)
         if layer is not None and not any(value.node in eaten for value in _parameters(module)):
             layer.forward(module, self._fresh("input"))  # a subclass that looks at its input, to pad it for instance
+        if isinstance(module, nn.MultiheadAttention) and not any(value.node in eaten for value in _parameters(module)):
+            inputs: list[Any] = [self._fresh(name) for name in ("query", "key", "value")]
+            nn.MultiheadAttention.forward(module, *inputs)
+            called.add(id(module.out_proj))  # by no call, but its weight is used
         for child in module.children():
             self._reach(child, called, read, eaten)
 
@@ -237,8 +243,10 @@ class SymbolicTrace(fx.Tracer):
         else:
             module(*self._fresh_arguments(module))
 
-    def _multihead(self, module: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        given = inspect.signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
+    def _multihead(self, forward: Callable[..., Any], module: nn.MultiheadAttention, args: Any, kwargs: Any) -> Any:
+        if id(module) not in self.paths:
+            return forward(module, *args, **kwargs)
+        given = inspect.signature(forward).bind(module, *args, **kwargs).arguments
         weights = {f"{name}_proj_weight": getattr(module, f"{name}_proj_weight") for name in "qkv"}
         return self._attention(
             *(given[name] for name in ("query", "key", "value")),
@@ -255,17 +263,19 @@ class SymbolicTrace(fx.Tracer):
         a = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
         query, key, value, width = a["query"], a["key"], a["value"], a["embed_dim_to_check"]
         if a.get("use_separate_proj_weight"):
-            for source, name in ((query, "q"), (key, "k"), (value, "v")):
-                F.linear(source, a[f"{name}_proj_weight"])
+            projections = [(x, a[f"{name}_proj_weight"]) for x, name in ((query, "q"), (key, "k"), (value, "v"))]
         elif query is key and key is value:
-            F.linear(query, a["in_proj_weight"])
+            projections = [(query, a["in_proj_weight"])]
         elif key is value:
             w_q, w_kv = a["in_proj_weight"].split([width, 2 * width])
-            F.linear(query, w_q)
-            F.linear(key, w_kv)
+            projections = [(query, w_q), (key, w_kv)]
         else:
-            for source, weight in zip((query, key, value), a["in_proj_weight"].chunk(3), strict=True):
-                F.linear(source, weight)
+            w_q, w_k, w_v = a["in_proj_weight"].chunk(3)  # in a loop, values of unknown number could not be followed
+            projections = [(query, w_q), (key, w_k), (value, w_v)]
+        projected = [F.linear(source, weight) for source, weight in projections]
+        for bias in (a["bias_k"], a["bias_v"]):
+            if bias is not None:
+                torch.cat([projected[-1], bias])
         attended: Any = self._fresh("attended")
         output = F.linear(attended, a["out_proj_weight"], a["out_proj_bias"])
         return output, self._fresh("attention") if a.get("need_weights", True) else None
@@ -277,18 +287,19 @@ def one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _intercepted_calls(call: Callable[..., Any]) -> Iterator[None]:
-    """Every call of a module, in this process, goes through `call(original, module, args, kwargs)`."""
-    original = nn.Module.__call__
+def _intercepted(kind: type[nn.Module], name: str, call: Callable[..., Any]) -> Iterator[None]:
+    """Every call of a method of modules, in this process, goes through `call(original, module, args, kwargs)`."""
+    original = getattr(kind, name)
 
+    @functools.wraps(original)
     def intercepted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return call(original, module, args, kwargs)
 
-    nn.Module.__call__ = intercepted  # type: ignore[method-assign]
+    setattr(kind, name, intercepted)
     try:
         yield
     finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+        setattr(kind, name, original)
 
 
 def _on_meta(value: Any) -> Any:

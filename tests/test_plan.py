@@ -218,10 +218,23 @@ def test_uses_that_want_the_same_bytes_in_another_order_or_format():
         decide(trace_of(embed, linear), policy)
 
 
+def test_in_a_fragment_of_a_model_the_reasons_say_that_it_is_one():
+    graph = trace_of(site("fc", "linear", (16, 16)), site("head", "linear", (16, 16)))
+    found = decide(graph, fragment=True)
+    assert [(d.rule, d.reason) for d in found.decisions] == [
+        ("skip_first", "first of 2 in this graph"),
+        ("skip_last", "last of 2 in this graph"),
+    ]
+    found = decide(net(), Policy(skip_first=2, skip_last=3), fragment=True)
+    assert found.decision_for("conv.weight").reason == "2 of 6 in this graph, skip_first=2"
+    assert found.decision_for("up.weight").reason == "4 of 6 in this graph, skip_last=3"
+
+
 def test_patterns_must_match_except_in_a_fragment_of_a_model():
     with pytest.raises(PolicyError, match=r"Policy.exclude: pattern 'hed' .*near names: head"):
         decide(net(), Policy(exclude="hed"))
-    assert decide(net(), Policy(exclude="hed"), fragment=True) == Plan(decide(net()).decisions, Policy(exclude="hed"))
+    found = decide(net(), fragment=True).decisions
+    assert decide(net(), Policy(exclude="hed"), fragment=True) == Plan(found, Policy(exclude="hed"))
     assert decide(net(unreached=(Note("aux.weight", "never called"),)), Policy(exclude="aux.weight")).quantized
 
 

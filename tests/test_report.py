@@ -172,6 +172,47 @@ def test_a_dense_model_that_was_compiled_with_a_policy():
     assert "the packed weights are in its compiled graph" in str(found)
 
 
+def test_a_kept_parameter_shows_nothing_of_an_earlier_compile():
+    left = (Lowering("linear", "triton", ("cute: no SM100",)),)
+    model, qmodel = net(), quantize(net())
+    for decision in plan(model).decisions:
+        model.get_parameter(decision.site.parameter).fp4fx_decision = decision
+    for stale in (model.fc1.weight, model.fc2.weight, qmodel.fc1.weight, qmodel.fc2.weight_packed):
+        stale.fp4fx_lowering = left
+    for found in (report(model), report(qmodel)):
+        rows = {r.parameter: r for r in found.rows}
+        assert (rows["fc1.weight"].kernels, rows["fc1.weight"].refusals) == ((), ())
+        assert (rows["fc2.weight"].kernels, rows["fc2.weight"].refusals) == (("linear: triton",), ("cute: no SM100",))
+        line = next(line for line in str(found).splitlines() if line.startswith("fc1"))
+        assert "triton" not in line
+        assert "cute" not in line
+
+
+def test_what_the_compiler_said_of_parameters_that_are_no_site():
+    model = net()
+    for decision in plan(model).decisions:
+        if decision.site.parameter != "fc2.weight":
+            model.get_parameter(decision.site.parameter).fp4fx_decision = decision
+    model.fc2.weight.fp4fx_note = "used in aten.mul, which is not a linear, a convolution or an embedding"
+    found = report(model)
+    assert "fc2.weight" not in [r.parameter for r in found.rows]
+    assert found.notes[1:] == (
+        "left alone: unused.weight: no compiled graph has it as the weight of a known op",
+        "not reached: fc2.weight: used in aten.mul, which is not a linear, a convolution or an embedding",
+    )
+    assert found.notes[2] in str(found).splitlines()
+
+
+def test_a_model_of_which_the_compiler_found_nothing_is_reported():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight.fp4fx_note = "used in aten.foo"
+    found = report(model)
+    assert (found.rows, found.notes) == ((), ("not reached: 0.weight: used in aten.foo",))
+    assert (found.quantized, found.bits, found.numel, found.in_graph) == (0, 0, 72, True)
+    assert "not reached: 0.weight: used in aten.foo" in str(found)
+    assert json.loads(found.to_json())["notes"] == list(found.notes)
+
+
 def test_a_model_without_a_plan_is_an_error_that_says_what_to_do():
     with pytest.raises(PlanError, match=r"found a Net that carries no plan.*fp4fx.quantize"):
         report(net())

@@ -91,6 +91,27 @@ class DifferentWidths(nn.Module):
         return self.attend(x, x[..., :6], x[..., :5])[0]
 
 
+class Cross(nn.Module):
+    """Attention between three different values."""
+
+    def __init__(self, kind=nn.MultiheadAttention, **options):
+        super().__init__()
+        self.attend = kind(8, 2, batch_first=True, **options)
+
+    def forward(self, query, key, value):
+        return self.attend(query, key=key, value=value)[0]
+
+
+class Calling(nn.MultiheadAttention):
+    def forward(self, query, key, value):
+        return super().forward(query, key, value, need_weights=False)
+
+
+class Deciding(nn.MultiheadAttention):
+    def forward(self, query, key, value):
+        return super().forward(query if query.sum() > 0 else -query, key, value)
+
+
 class Router(nn.Module):
     """Python that depends on data."""
 
@@ -357,6 +378,48 @@ def test_attention():
 def test_attention_of_different_widths():
     for result in both(DifferentWidths(), torch.randn(2, 3, 8)):
         assert [s.attribute for s in result.sites] == ["q_proj_weight", "k_proj_weight", "v_proj_weight", "weight"]
+
+
+@pytest.mark.parametrize(
+    ("options", "projections"),
+    [
+        ({}, ["in_proj_weight"] * 3),
+        ({"kind": Calling}, ["in_proj_weight"] * 3),
+        ({"bias": False, "add_zero_attn": True}, ["in_proj_weight"] * 3),
+        ({"add_bias_kv": True}, ["in_proj_weight"] * 3),
+        ({"kdim": 6}, ["q_proj_weight", "k_proj_weight", "v_proj_weight"]),
+        ({"kdim": 6, "vdim": 5, "add_bias_kv": True}, ["q_proj_weight", "k_proj_weight", "v_proj_weight"]),
+    ],
+)
+def test_attention_between_three_values(options, projections):
+    sources = torch.randn(2, 4, options.get("kdim", 8)), torch.randn(2, 4, options.get("vdim", 8))
+    symbolic, exported = both(Cross(**options), (torch.randn(2, 3, 8), *sources))
+    for result in (symbolic, exported):
+        assert [s.attribute for s in result.sites] == [*projections, "weight"]
+        assert {(s.op, s.order, s.called_in, s.own_input) for s in result.sites} == {
+            ("linear", "rows", "attend", False)
+        }
+        assert result.opaque == ()
+    assert [s.parameter for s in symbolic.sites] == [s.parameter for s in exported.sites]
+    assert symbolic.unreached == exported.unreached
+    biases = ["attend.bias_k", "attend.bias_v"] if "add_bias_kv" in options else []
+    assert [n.name for n in symbolic.unreached] == biases
+
+
+def test_attention_that_fails_before_it_projects():
+    result = trace(Cross(Deciding))
+    assert [(s.attribute, s.called_in) for s in result.sites] == [
+        *[("in_proj_weight", "attend")] * 3,
+        ("weight", "attend"),
+    ]
+    assert [n.name for n in result.opaque] == ["attend"]
+    assert result.unreached == ()
+
+
+def test_the_classes_are_left_as_they_were():
+    before = nn.Module.__call__, nn.MultiheadAttention.forward
+    trace(Cross())
+    assert (nn.Module.__call__, nn.MultiheadAttention.forward) == before
 
 
 def test_siblings():
