@@ -66,7 +66,8 @@ def on_photographs(folder: Path, say: Say) -> dict[str, Any]:
     model, trained = resnet50(say)
     start = perf_counter()
     packed = quantize(model, example_inputs=images[:1])
-    say(f"quantized in {perf_counter() - start:.1f} s; compiling four graphs takes a minute or two")
+    seconds = perf_counter() - start
+    say(f"quantized in {seconds:.1f} s; compiling four graphs takes a minute or two")
     ways = bench.candidates(model, packed, (images[:1],))
     rows = bench.compare(ways, ROUNDS, WARMUP)
     with torch.no_grad():
@@ -89,6 +90,7 @@ def on_photographs(folder: Path, say: Say) -> dict[str, Any]:
     return {
         "pretrained": trained,
         "report": explained.to_dict(),
+        "quantize_s": seconds,
         "crops": len(images),
         "sqnr": sqnr,
         "agree": agree,

@@ -128,7 +128,10 @@ def verify(gm: GraphModule, ctx: Context, dialect: Dialect) -> None:
         name = op_name(node)
         if name is None:
             continue
-        if dialect is Dialect.ATEN or (dialect is Dialect.QDQ and name not in _QDQ):
+        if dialect is Dialect.ATEN:
+            found = f"fp4fx::{name} in a graph that may hold {dialect.value}"
+            raise PassError(f"{found}: this model is quantized already; compile it without options['policy']")
+        if dialect is Dialect.QDQ and name not in _QDQ:
             raise PassError(f"{node.format_node()} in a graph that may hold {dialect.value}")
         if dialect is Dialect.FUSED and name == "dequantize" and node not in ctx.refusals:
             eater = next((user for user in node.users if _weight_of(user) is node), None)

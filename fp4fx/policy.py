@@ -81,7 +81,9 @@ class Policy:
     block: Block = (1, 16)
     """(rows, columns) of weight that share one scale: (1, 16), or (16, 16) for training, so that W and Wᵀ agree."""
     on_fallback: Literal["report", "raise"] = "report"
-    """What compiling does where no kernel takes an op or a W4A4 site stays weight-only: report it, or raise."""
+    """What happens where something cannot be had as asked (a site refused, an opaque module, a W4A4 site that stays
+    weight-only): report it, or raise FallbackError. `quantize` and `options={"policy": ...}` read it; a compile of an
+    already quantized model takes `options={"on_fallback": "raise"}` for its kernels."""
 
     def __post_init__(self) -> None:
         """Bring lists and mappings into hashable form and check every field."""
