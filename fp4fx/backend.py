@@ -55,7 +55,8 @@ def fp4fx(
     _tell(ctx)
     if on_fallback == "raise":
         _raise_on_fallback(ctx)
-    compiled = capture.lower(gm, [*example_inputs, *_stand_ins(ctx.folded)], patches)
+    stand_ins = [capture.backend_fake(part) for f in ctx.folded for part in f.parts]
+    compiled = capture.lower(gm, [*example_inputs, *stand_ins], patches)
     return _with_codes(compiled, ctx.folded)
 
 
@@ -119,24 +120,28 @@ def _with_codes(compiled: capture.CompiledGraph, folded: list[Folded]) -> captur
     """
     if not folded:
         return compiled
-    caches: list[Any] = [WeakTensorKeyDictionary() for _ in folded]
+    weights: list[tuple[int | None, Any, tuple[Any, ...], Any]] = []
+    for f in folded:
+        codes_of = WeakTensorKeyDictionary()  # of every parameter seen, for as long as it lives
+        codes_of[f.parameter] = (_state(f.parameter), f.parts)
+        weights.append((f.position, f.parameter if f.position is None else None, f.arguments, codes_of))
 
     def call(*args: Any) -> Any:
         codes: list[Tensor] = []
-        for f, cache in zip(folded, caches, strict=True):
-            parameter = f.parameter if f.position is None else args[f.position]
-            state = None if parameter.is_inference() else (parameter._version, parameter.data_ptr())
-            seen, parts = cache.get(parameter, (None, ()))
+        for position, fixed, arguments, codes_of in weights:
+            parameter = fixed if position is None else args[position]
+            state = _state(parameter)
+            seen, parts = codes_of.get(parameter, (None, ()))
             if state is None or seen != state:
                 with torch.no_grad():
-                    parts = ops.quantize(parameter.detach(), *f.arguments)
-                cache[parameter] = (state, parts)
+                    parts = ops.quantize(parameter.detach(), *arguments)
+                codes_of[parameter] = (state, parts)
             codes.extend(parts)
         return compiled(*args, *codes)
 
     return call
 
 
-def _stand_ins(folded: list[Folded]) -> list[Tensor]:
-    """What the graph is compiled with in the place of the codes."""
-    return [capture.backend_fake(part) for f in folded for part in ops.quantize(f.parameter.detach(), *f.arguments)]
+def _state(parameter: Tensor) -> tuple[int, int] | None:
+    """What changes when a parameter is written to; None for an inference tensor, which does not tell."""
+    return None if parameter.is_inference() else (parameter._version, parameter.data_ptr())

@@ -59,6 +59,8 @@ class Folded:
     """Which input of the graph the parameter is, since another call may bring another; None if it is an attribute."""
     arguments: tuple[Any, ...]
     """What `fp4fx::quantize` takes after x."""
+    parts: tuple[Tensor, Tensor, Tensor]
+    """Its codes as of now."""
 
 
 Rewrite = Callable[[GraphModule, Context], int]

@@ -58,6 +58,23 @@ def test_a_changed_parameter_is_encoded_anew():
         torch.testing.assert_close(compiled(x), fp4fx.quantize(model, ALL)(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_parameter_is_encoded_once_until_it_changes(monkeypatch):
+    from fp4fx import backend
+
+    model, x, calls = nn.Sequential(nn.Linear(32, 8)).eval(), torch.randn(3, 32), []
+    compiled = by_policy(model)
+    with torch.no_grad():
+        compiled(x)
+        quantize = backend.ops.quantize
+        monkeypatch.setattr(backend.ops, "quantize", lambda *a: (calls.append(1), quantize(*a))[1])
+        compiled(x)
+        assert not calls
+        model[0].weight.mul_(2)
+        compiled(x)
+        compiled(x)
+        assert len(calls) == 1
+
+
 def test_trainable_weights_are_fake_quantized_straight_through():
     model = nn.Sequential(nn.Linear(32, 8))
     compiled = torch.compile(model, backend="fp4fx", options={"policy": ALL})

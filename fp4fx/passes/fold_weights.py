@@ -37,7 +37,7 @@ def fold_weights(gm: GraphModule, ctx: Context) -> int:
             user.replace_all_uses_with(parts[arguments(user)[1]])
             gm.graph.erase_node(user)
         gm.graph.erase_node(node)
-        ctx.folded.append(Folded(parameter, inputs.index(source) if source in inputs else None, tuple(rest)))
+        ctx.folded.append(Folded(parameter, inputs.index(source) if source in inputs else None, tuple(rest), codes))
         ctx.real = {**ctx.real, parts[0]: parameter}
         rewrites += 1
     return rewrites
