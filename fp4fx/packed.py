@@ -90,6 +90,8 @@ class Packed(nn.Module):
                 q, new = encode(state_dict.pop(prefix + name), spec, prefix + name)
                 state_dict.update({f"{prefix}{name}_{part}": getattr(q, part) for part in PARTS})
                 self.nvfp4 = {**self.nvfp4, name: new}
+            elif f"{prefix}{name}_packed" in state_dict:  # of a dense tensor that was not seen here
+                self.nvfp4 = {**self.nvfp4, name: replace(spec, sqnr=None)}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

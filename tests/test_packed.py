@@ -86,10 +86,12 @@ def test_state_dict_loads_strictly_and_dense_values_are_encoded(layer):
     other = fp4fx.quantize(nn.Linear(40, 8), ALL)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.weight, layer.weight)
+    assert other.nvfp4["weight"].sqnr is None  # that of the codes before would be a wrong number
 
     dense = nn.Linear(40, 8)
     other.load_state_dict(dense.state_dict())
     assert torch.equal(other.weight, fp4fx.quantize(dense, ALL).weight)
+    assert other.nvfp4["weight"].sqnr == fp4fx.quantize(dense, ALL).nvfp4["weight"].sqnr
 
     with pytest.raises(RuntimeError, match=r"Missing key.*weight_scale"):
         other.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "weight_scale"})
