@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import subprocess
 import sys
 
@@ -234,6 +235,18 @@ def test_it_logs_what_it_did(caplog):
     with caplog.at_level(logging.INFO, logger="fp4fx"):
         check(q, torch.randn(2, 3, 8, 8))
     assert any("fuse_conv 3" in r.message and "fuse_linear 1" in r.message for r in caplog.records)
+
+
+def test_the_graphs_between_the_passes_are_traced(tmp_path):
+    code = """
+import torch, fp4fx
+q = fp4fx.quantize(torch.nn.Linear(32, 8), fp4fx.Policy(skip_first=0, skip_last=0))
+with torch.no_grad():
+    torch.compile(q, backend="fp4fx")(torch.randn(2, 32))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TORCH_TRACE": str(tmp_path)})
+    traced = "".join(file.read_text() for file in tmp_path.iterdir())
+    assert "fp4fx_fuse_linear" in traced and "torch.ops.fp4fx.linear.default" in traced
 
 
 def test_the_backend_is_found_without_importing_fp4fx():

@@ -5,6 +5,7 @@ each over K up to a few thousand terms, through tens of layers), so the largest 
 largest output.
 """
 
+import copy
 import gc
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fp4fx
 from fp4fx.backend import fp4fx as backend
+from fp4fx.packed import Packed
 from tests.models import UNet
 
 TOLERANCE = 2e-5
@@ -79,3 +81,17 @@ def test_one_graph_equal_to_eager_for_two_batch_sizes(name):
     assert quantized and all(row.kernels and row.refusals == () for row in quantized), "a site was not fused"
     assert not any("dequantize" in kernel for row in quantized for kernel in row.kernels)
     gc.collect()
+
+
+def test_generate_works_on_a_quantized_language_model():
+    torch.manual_seed(0)
+    model = llama().eval()
+    q = fp4fx.quantize(model)
+    reference = copy.deepcopy(model)
+    for name, module in q.named_modules():
+        if isinstance(module, Packed):
+            reference.get_submodule(name).weight.data = module.weight
+    ids = torch.randint(0, 512, (1, 5))
+    settings = {"max_new_tokens": 6, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    assert torch.equal(q.generate(ids, **settings), reference.generate(ids, **settings))
+    assert not torch.equal(q(ids).logits, model(ids).logits)
