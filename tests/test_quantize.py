@@ -207,9 +207,10 @@ def test_resident_bytes_per_quantized_weight():
     assert stored / weights < 0.6
 
 
-def test_quantizing_resnet18_is_quick():
-    """resnet50 has 2.2 times the weights and shall take less than 3 s; a generous factor is left for a busy machine."""
-    model = timm.create_model("resnet18")
-    start = time.perf_counter()
+@pytest.mark.parametrize(("name", "seconds"), [("resnet50", 3), ("vit_base_patch16_224", 8)])
+def test_quantizing_is_quick(name, seconds):
+    """Processor time, which a busy machine does not stretch, summed over the threads: no less than what a user waits."""
+    model = timm.create_model(name)
+    start = time.process_time()
     fp4fx.quantize(model)
-    assert time.perf_counter() - start < 6
+    assert time.process_time() - start < seconds
