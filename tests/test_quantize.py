@@ -209,7 +209,7 @@ def test_resident_bytes_per_quantized_weight():
 
 @pytest.mark.parametrize(("name", "seconds"), [("resnet50", 3), ("vit_base_patch16_224", 8)])
 def test_quantizing_is_quick(name, seconds):
-    """Processor time, which a busy machine does not stretch, summed over the threads: no less than what a user waits."""
+    """Processor time, which a busy machine does not stretch, summed over threads: no less than what a user waits."""
     model = timm.create_model(name)
     start = time.process_time()
     fp4fx.quantize(model)
