@@ -40,6 +40,14 @@ class PassError(Error):
     """A graph pass broke or left an invalid graph; names the passes that ran before it."""
 
 
+class GradientError(Error, RuntimeError):
+    """A gradient is asked of an op that has none."""
+
+
+class KernelError(Error):
+    """The native kernels cannot be built or loaded on this machine."""
+
+
 class FallbackError(Error):
     """Something fell back to a slower or less precise path and `on_fallback="raise"` forbids it."""
 

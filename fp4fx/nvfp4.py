@@ -35,6 +35,8 @@ BLOCK = 16
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 E4M3_MIN = 2.0**-9  # smallest subnormal
 E4M3_NAN = 0x7F
+SEARCH = range(-3, 8)  # scale codes that "search" tries, from that of "max"
+LARGEST_SCALE = {"max": E4M3_MAX, "search": 256.0}  # of the block that holds the tensor's amax: "search" goes above it
 GLOBAL_SCALE_MIN = 2.0**-126
 CHUNK = 1 << 20  # values worked on at a time in eager mode: temporaries stay in cache and bounded
 
@@ -185,7 +187,8 @@ def quantize_rows(
     Args:
         rows: fp32, fp16, bf16 or fp64; there may be no rows, but K must not be 0.
         global_scale: fp32 [], finite and positive, used as it is; None computes it.
-        scale_rule: "max".
+        scale_rule: "max", or "search": of the scales from 3 codes below that of "max" to 7 above, the one of the least
+            squared error, with g = amax/1536 so that there is room above.
         block_rows: 16 takes one scale per 16x16 tile of the last two axes (fewer rows at the edge; a 1-d tensor is one
             row) and stores it in each of the tile's rows.
 
@@ -200,7 +203,7 @@ def quantize_rows(
     blocks = torch.unflatten(pad(rows.detach().float(), (0, -k % BLOCK)), -1, (-1, BLOCK))
     block_amax, poisoned = _finite_abs(blocks).amax(-1), blocks.isnan().any(-1)
     if global_scale is None:
-        global_scale = _scale_of(block_amax)
+        global_scale = _scale_of(block_amax, scale_rule)
     elif global_scale.dim() or global_scale.dtype != torch.float32:
         found = f"{global_scale.dtype} of shape {tuple(global_scale.shape)}"
         raise LayoutError(f"global_scale must be one fp32 value of shape (), found {found}")
@@ -208,6 +211,8 @@ def quantize_rows(
         block_amax, poisoned = _tile_max(block_amax, block_rows), _tile_max(poisoned.float(), block_rows) > 0
     s = (block_amax / (E2M1_MAX * global_scale)).clamp(E4M3_MIN, E4M3_MAX)
     scale = torch.where(poisoned, E4M3_NAN, encode_e4m3(torch.where(block_amax == 0, 1.0, s)))
+    if scale_rule == "search":
+        scale = torch.where(poisoned | (block_amax == 0), scale, _search(blocks, scale, global_scale))
     codes = encode_e2m1(blocks / (decode_e4m3(scale) * global_scale).unsqueeze(-1))
     return pack(codes.flatten(-2)), scale, global_scale
 
@@ -248,9 +253,9 @@ def quantize(
 
     Args:
         x: fp32, fp16, bf16 or fp64.
-        scale_rule: "max".
+        scale_rule: "max" or "search", see `quantize_rows`.
         block: (1, 16), or (16, 16) for one scale per tile, so that a matrix and its transpose quantize alike.
-        global_scale: fp32 [], used as it is; None computes amax/2688.
+        global_scale: fp32 [], used as it is; None computes it from amax.
         order: how x lines up as rows, see `to_rows`.
         groups: of the convolution.
 
@@ -266,7 +271,7 @@ def quantize(
     step = max(CHUNK // max(rows[:unit].numel(), 1), 1) * unit
     parts = torch.split(rows, step) if rows.dim() > 1 else (rows,)
     if global_scale is None:
-        global_scale = _scale_of(_amax(rows))
+        global_scale = _scale_of(_amax(rows), scale_rule)
     encoded = [quantize_rows(p, global_scale, scale_rule=scale_rule, block_rows=block[0]) for p in parts]
     packed, scale = (torch.cat(tensors) for tensors in list(zip(*encoded, strict=True))[:2])
     return NVFP4(packed, scale, global_scale, x.shape, x.dtype, order, groups)
@@ -332,13 +337,33 @@ def excess_kurtosis(x: Tensor) -> float:
     return fourth * x.numel() / second**2 - 3
 
 
+def _search(blocks: Tensor, start: Tensor, global_scale: Tensor) -> Tensor:
+    """Blocks fp32 [..., 16], scales u8 [...] of "max" -> scales of the least squared error among `SEARCH`.
+
+    The lowest of equals. Magnitudes count in units of the scale of "max", up to 16, ±Inf as 0; a square is cut to a
+    multiple of 2**-19. So no magnitude overflows, and the order of a sum does not matter: the errors are integers.
+    """
+    unit = decode_e4m3(start)
+    x = (_finite_abs(blocks) / (unit * global_scale).unsqueeze(-1)).clamp(max=16.0)
+    best, least = start, torch.full_like(start, torch.iinfo(torch.int32).max, dtype=torch.int32)
+    for step in SEARCH:
+        tried = (start.int() + step).clamp(1, E4M3_NAN - 1).to(torch.uint8)
+        s = (decode_e4m3(tried) / unit).unsqueeze(-1)
+        square = (x - decode_e2m1(encode_e2m1(x / s)) * s).square()
+        error = (square * 2.0**19).int().sum(-1, dtype=torch.int32)
+        best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+    return best
+
+
 def _check_rule(scale_rule: str, block_rows: int) -> None:
-    if scale_rule in ("search", "four_over_six"):
-        raise PolicyError(f"scale_rule={scale_rule!r} is not available in this version; use scale_rule='max'")
-    if scale_rule != "max":
-        raise PolicyError(f"unknown scale_rule {scale_rule!r}; use scale_rule='max'")
+    if scale_rule == "four_over_six":
+        raise PolicyError(f"scale_rule={scale_rule!r} is not available in this version; use 'max' or 'search'")
+    if scale_rule not in LARGEST_SCALE:
+        raise PolicyError(f"unknown scale_rule {scale_rule!r}; use scale_rule='max' or 'search'")
     if block_rows not in (1, BLOCK):
         raise PolicyError(f"a block has 1 or {BLOCK} rows, found block_rows={block_rows}")
+    if scale_rule == "search" and block_rows != 1:
+        raise PolicyError("scale_rule='search' chooses a scale per 16 values; a 16x16 block needs scale_rule='max'")
 
 
 def _finite_abs(x: Tensor) -> Tensor:
@@ -351,10 +376,10 @@ def _amax(x: Tensor) -> Tensor:
     return torch.stack([pad(_finite_abs(part.float()), (0, 1)).amax() for part in parts])
 
 
-def _scale_of(amax: Tensor) -> Tensor:
+def _scale_of(amax: Tensor, scale_rule: str = "max") -> Tensor:
     """Partial maxima fp32 [...] -> g fp32 []."""
     amax = pad(amax.flatten(), (0, 1)).amax()  # the 0 is the amax of no values
-    g = (amax / (E2M1_MAX * E4M3_MAX)).clamp(min=GLOBAL_SCALE_MIN)
+    g = (amax / (E2M1_MAX * LARGEST_SCALE[scale_rule])).clamp(min=GLOBAL_SCALE_MIN)
     return torch.where(amax == 0, 1.0, g)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from fp4fx import nvfp4, ops  # noqa: F401  (ops defines torch.ops.fp4fx)
 from fp4fx.errors import PlanError
+from fp4fx.kernels.cpu import library
+from fp4fx.policy import Compute
 from fp4fx.site import Order
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ class PackedSpec:
     """Dtype of the computed parameter; follows `module.to(dtype)`."""
     scale_rule: str = "max"
     block: tuple[int, int] = (1, 16)
+    compute: Compute = "bf16"
+    """Precision that a kernel may compute in (see `Policy.compute`)."""
     sqnr: float | None = None
     """Signal to quantization noise of the stored parameter in dB; None if the dense one was never seen."""
 
@@ -118,6 +122,7 @@ def _computed(name: str) -> property:
             spec.dtype,
             spec.order,
             spec.groups,
+            spec.compute,
         )
         return decoded
 
@@ -186,7 +191,7 @@ def encode(dense: Tensor, spec: PackedSpec, path: str) -> tuple[nvfp4.NVFP4, Pac
         sqnr = None
     else:
         nvfp4.check_finite(dense, path)
-    q = nvfp4.quantize(
+    q = library.quantize(
         dense,
         scale_rule=spec.scale_rule,
         block=spec.block,

@@ -16,7 +16,7 @@ from fp4fx import nvfp4
 from fp4fx.errors import LayoutError, PlanError, PolicyError
 from fp4fx.fields import read
 from fp4fx.patterns import first_match
-from fp4fx.policy import Activations, Block, Policy, ScaleRule
+from fp4fx.policy import Activations, Block, Compute, Policy, ScaleRule
 from fp4fx.rules import RULES, Context, counts, no_values, weight_only
 from fp4fx.site import Note, Site
 from fp4fx.trace import Trace
@@ -36,6 +36,7 @@ class Spec:
     activations: Activations
     weight_only_reason: str | None = None
     """Why the input is not quantized although the policy asks for it, or None."""
+    compute: Compute = "bf16"
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,11 @@ class Decision:
 
     @property
     def label(self) -> str:
-        """W4A4, W4A16 or kept."""
-        return "kept" if self.spec is None else "W4A4" if self.spec.activations else "W4A16"
+        """W4A4, W4A16 or kept; "W4A16 in int8" where the precision of the computation is not the default."""
+        if self.spec is None:
+            return "kept"
+        bits = "W4A4" if self.spec.activations else "W4A16"
+        return bits if self.spec.compute == Spec.compute else f"{bits} in {self.spec.compute}"
 
     @property
     def nbytes(self) -> int:
@@ -234,7 +238,7 @@ def _decide_use(site: Site, policy: Policy, context: Context) -> Decision:
         if reason is not None:
             return Decision(site, None, name, reason + by)
     why = None if own.activations is None else weight_only(site)
-    spec = Spec(own.scale_rule, own.block, None if why else own.activations, why)
+    spec = Spec(own.scale_rule, own.block, None if why else own.activations, why, own.compute)
     return Decision(site, spec, "weights", (f"weight only: {why}" if why else "no rule keeps it") + by)
 
 
@@ -249,12 +253,17 @@ def _together(decision: Decision, uses: list[Decision]) -> Decision:
             return replace(decision, spec=None, rule=other.rule, reason=f"{here}, which is kept: {other.reason}")
         if (site.order, site.groups) != (decision.site.order, decision.site.groups):
             return replace(decision, spec=None, rule="refusal", reason=f"{here}, whose blocks run along another axis")
-        if (other.spec.scale_rule, other.spec.block) != (decision.spec.scale_rule, decision.spec.block):
+        if _stored(other.spec) != _stored(decision.spec):
             raise PolicyError(
                 f"{site.parameter}: overrides give its uses different formats, found {decision.spec} and {other.spec}; "
-                "expected one scale_rule and block per tensor: name the parameter instead of the op"
+                "expected one scale_rule, block and compute per tensor: name the parameter instead of the op"
             )
     return decision
+
+
+def _stored(spec: Spec) -> tuple[Any, ...]:
+    """What is a property of the tensor, whatever reads it."""
+    return spec.scale_rule, spec.block, spec.compute
 
 
 def weight_sqnr(weight: Tensor, site: Site, scale_rule: ScaleRule, block: Block) -> float:

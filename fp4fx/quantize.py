@@ -94,6 +94,7 @@ def apply(
                     dtype=dense.dtype,
                     scale_rule=decision.spec.scale_rule,
                     block=decision.spec.block,
+                    compute=decision.spec.compute,
                 )
                 source = dense.to("meta") if skeleton else dense
                 encoded[id(dense)] = encode(source, spec, decision.site.parameter)

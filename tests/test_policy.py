@@ -41,7 +41,7 @@ def test_is_frozen_keyword_only_hashable_and_replaceable():
         ({"weights": "int4"}, ["Policy.weights", "'int4'", "'nvfp4' or None"]),
         ({"activations": True}, ["Policy.activations", "True"]),
         ({"scale_rule": "mse"}, ["Policy.scale_rule", "'search'"]),
-        ({"scale_rule": "search"}, ["'search' is not available in this version", "use 'max'"]),
+        ({"scale_rule": "search", "block": (16, 16)}, ["scale_rule='search' needs block=(1, 16)"]),
         ({"scale_rule": "four_over_six"}, ["'four_over_six' is not available in this version"]),
         ({"block": (1, 32)}, ["Policy.block", "(1, 32)", "(16, 16)"]),
         ({"on_fallback": "ignore"}, ["Policy.on_fallback", "'raise'"]),
@@ -61,7 +61,7 @@ def test_is_frozen_keyword_only_hashable_and_replaceable():
         ({"overrides": {"a.*": {"min_nume": 3}}}, ["Policy.overrides['a.*']", "did you mean 'min_numel'?"]),
         ({"overrides": {"a.*": {"min_numel": -3}}}, ["Policy.overrides['a.*']", "Policy.min_numel", "-3"]),
         ({"overrides": {"a.*": {"skip_first": 0}}}, ["Policy.overrides['a.*']", "'skip_first'", "whole model"]),
-        ({"overrides": {"a.*": {"scale_rule": "search"}}}, ["Policy.overrides['a.*']", "not available"]),
+        ({"overrides": {"a.*": {"scale_rule": "four_over_six"}}}, ["Policy.overrides['a.*']", "not available"]),
         ({"overrides": [("a", {}), ("a", {})]}, ["'a' stands there twice"]),
     ],
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fp4fx import nvfp4
 from fp4fx.ops.library import Body, check_weight, define, in_format_of, undecoded, unencoded
+from fp4fx.policy import Compute
 from fp4fx.site import Order
 
 
@@ -36,7 +37,7 @@ def quantize(
 
 @define(
     "(Tensor packed, Tensor scale, Tensor global_scale, SymInt[] shape, ScalarType dtype, str order='rows',"
-    " SymInt groups=1) -> Tensor",
+    " SymInt groups=1, str compute='bf16') -> Tensor",
     decode=undecoded,
 )
 def dequantize(
@@ -47,10 +48,14 @@ def dequantize(
     dtype: torch.dtype,
     order: Order = "rows",
     groups: int = 1,
+    compute: Compute = "bf16",
     *,
     decode: Body = nvfp4.dequantize_rows,
 ) -> Tensor:
-    """Packed rows -> a contiguous tensor of the shape and dtype: code · scale · global_scale in fp32, then cast."""
+    """Packed rows -> a contiguous tensor of the shape and dtype: code · scale · global_scale in fp32, then cast.
+
+    `compute` is a message to the op that reads the result, which a compiler may fuse with this one.
+    """
     k = nvfp4.row_length(tuple(shape), order, groups)
     check_weight(packed, scale, global_scale, k)
     rows = decode(packed, scale, global_scale, k, dtype)
@@ -58,8 +63,8 @@ def dequantize(
 
 
 @define(
-    "(Tensor x, Tensor? global_scale=None, str order='rows', SymInt groups=1, str scale_rule='max', int block_rows=1)"
-    " -> Tensor",
+    "(Tensor x, Tensor? global_scale=None, str order='rows', SymInt groups=1, str scale_rule='max', int block_rows=1,"
+    " str compute='bf16') -> Tensor",
     encode=unencoded,
     decode=undecoded,
 )
@@ -70,11 +75,15 @@ def fake_quantize(
     groups: int = 1,
     scale_rule: str = "max",
     block_rows: int = 1,
+    compute: Compute = "bf16",
     *,
     encode: Body = nvfp4.quantize_rows,
     decode: Body = nvfp4.dequantize_rows,
 ) -> Tensor:
-    """x fp -> what dequantize(quantize(x)) gives, in x's memory format; the gradient passes straight through."""
+    """x fp -> what dequantize(quantize(x)) gives, in x's memory format; the gradient passes straight through.
+
+    `compute` is dequantize's.
+    """
     q = quantize(x, global_scale, order, groups, scale_rule, block_rows, encode=encode)
     dense: Tensor = dequantize(*q, x.shape, x.dtype, order, groups, decode=decode)
     return in_format_of(x, dense)

@@ -38,9 +38,18 @@ def _blocks(k: int) -> int:
     return (k + nvfp4.BLOCK - 1) // nvfp4.BLOCK
 
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format of an image with its batch and channel axes, by rank."""
+
+
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """y in channels_last if x is, else contiguous: strides follow from the arguments alone."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    """y in channels_last if x is, else contiguous: strides follow from the arguments alone.
+
+    An x of bytes is packed, with its channels last by definition.
+    """
+    last = CHANNELS_LAST.get(x.dim())
+    if last is not None and x.dtype == torch.uint8:
+        return y.contiguous(memory_format=last)
     if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
         return y.contiguous()
     return y.contiguous(memory_format=last)
