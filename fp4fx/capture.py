@@ -72,14 +72,49 @@ def refresh(gm: GraphModule, node: Node) -> None:
         node.meta["example_value"] = node.target(*args, **kwargs)
 
 
+def substitute(old: Node, new: Node) -> None:
+    """Let `new` be read in place of `old`, under the value that was captured: aliases and `requires_grad` are those.
+
+    Its strides may no longer be; the pass `restride` makes them true.
+    """
+    new.meta["example_value"] = value(old)
+    new.meta[STANDS_IN] = True
+    old.replace_all_uses_with(new)
+
+
+STANDS_IN = "fp4fx_stands_in"
+"""Key of a node's metadata: its value may have other strides than its call gives."""
+
+
+def same_shape(a: Tensor, b: Tensor) -> bool:
+    """Whether two shapes are known to be equal, without a guard on symbolic sizes."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return a.dim() == b.dim() and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
+
+
+def same_strides(a: Any, b: Any) -> bool:
+    """Whether two fake values of one shape (tensors, or tuples of them) are known to be laid out alike."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    def alike(a: Any, b: Any) -> bool:
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            return True
+        dims = [d for d in range(a.dim()) if not statically_known_true(a.shape[d] == 1)]
+        return all(statically_known_true(a.stride(d) == b.stride(d)) for d in dims)
+
+    return all(map(alike, pytree.tree_leaves(a), pytree.tree_leaves(b)))
+
+
 def own_copy(gm: GraphModule) -> GraphModule:
     """The graph on the same tensors, for us to change: Dynamo goes on reading its own, the inputs above all."""
     graph = torch.fx.Graph()
     nodes: dict[Node, Node] = {}
-    graph.output(graph.graph_copy(gm.graph, cast(dict[Any, Any], nodes)))
+    output = graph.output(graph.graph_copy(gm.graph, cast(dict[Any, Any], nodes)))
     for node, twin in nodes.items():
         if hasattr(node, "_dynamo_source"):
             twin._dynamo_source = node._dynamo_source
+    output.meta["example_value"] = torch.fx.map_arg(output.args[0], value)  # as captured, whatever passes do
     result = GraphModule(gm, graph)
     result.meta = dict(gm.meta)
     sources = gm.__dict__.get("_param_name_to_source")

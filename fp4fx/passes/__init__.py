@@ -1,14 +1,17 @@
 """The passes of the compiler, in the one order they run, with the reason for each place."""
 
 from fp4fx.passes.canonicalize import canonicalize
+from fp4fx.passes.channels_last import channels_last
 from fp4fx.passes.expose_qdq import expose_qdq
 from fp4fx.passes.fold_weights import fold_weights
 from fp4fx.passes.fuse_conv import fuse_conv
 from fp4fx.passes.fuse_embedding import fuse_embedding
+from fp4fx.passes.fuse_epilogue import fuse_epilogue
 from fp4fx.passes.fuse_linear import fuse_linear
 from fp4fx.passes.insert_qdq import insert_qdq
 from fp4fx.passes.merge_qdq import merge_qdq
 from fp4fx.passes.open_attention import open_attention
+from fp4fx.passes.restride import restride
 from fp4fx.passes.select_kernels import select_kernels
 from fp4fx.pipeline import Dialect, Pass
 
@@ -24,5 +27,8 @@ PASSES: tuple[Pass, ...] = (
     Pass(fuse_linear, "from here on a dequantize disappears into the op that reads it"),
     Pass(fuse_conv, "independent of the other fusions"),
     Pass(fuse_embedding, "independent of the other fusions", Dialect.FUSED),
+    Pass(fuse_epilogue, "after the fusions, whose ops take the epilogues"),
+    Pass(channels_last, "once all convolutions have their inputs, and after epilogues, which read images too"),
+    Pass(restride, "after the last pass that changes what an op answers in"),
     Pass(select_kernels, "last: chooses an implementation for every fp4fx op that is left"),
 )

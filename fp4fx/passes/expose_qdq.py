@@ -20,14 +20,14 @@ def expose_qdq(gm: GraphModule, ctx: Context) -> int:
 
     Before: `y = fp4fx.fake_quantize(x, g, order, groups, ...)`
     After: `p, s, g = fp4fx.quantize(x, g, order, groups, ...)`,
-    `y = fp4fx.dequantize(p, s, g, x.shape, x.dtype, order, groups)`
+    `y = fp4fx.dequantize(p, s, g, x.shape, x.dtype, order, groups, compute)`
     """
     rewrites = 0
     for node in gm.graph.nodes:
         if op_name(node) != "fake_quantize" or _needs_gradient(node):
             continue
         given = arguments(node)
-        x, global_scale, order, groups, *rest = given + _DEFAULTS[len(given) :]
+        x, global_scale, order, groups, *rest, compute = given + _DEFAULTS[len(given) :]
         whole = emit(gm, quantize, (x, global_scale, order, groups, *rest), like=node)
         parts = [emit(gm, operator.getitem, (whole, i), like=node) for i in range(3)]
         shape = list(value(x).shape)
@@ -36,7 +36,7 @@ def expose_qdq(gm: GraphModule, ctx: Context) -> int:
                 emit(gm, torch.ops.aten.sym_size.int, (x, dim), like=node) if isinstance(size, torch.SymInt) else size
                 for dim, size in enumerate(shape)
             ]
-        dense = emit(gm, dequantize, (*parts, shape, value(x).dtype, order, groups), like=node)
+        dense = emit(gm, dequantize, (*parts, shape, value(x).dtype, order, groups, compute), like=node)
         node.replace_all_uses_with(dense)
         rewrites += 1
     return rewrites
@@ -47,4 +47,4 @@ def _needs_gradient(node: Node) -> bool:
     return bool(value(arguments(node)[0]).requires_grad) and any(needs_gradient(user) for user in node.users)
 
 
-_DEFAULTS: tuple[Any, ...] = (None, None, "rows", 1, "max", 1)
+_DEFAULTS: tuple[Any, ...] = (None, None, "rows", 1, "max", 1, "bf16")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fp4fx.capture import arguments, emit, value
-from fp4fx.passes.operands import activation_of, cast, weight_of
+from fp4fx.capture import arguments, emit, substitute, value
+from fp4fx.passes.operands import activation_of, cast, no_epilogue, weight_of
 from fp4fx.pipeline import Context, aten_name, op_name
 
 aten = torch.ops.aten
@@ -20,7 +20,7 @@ def fuse_conv(gm: GraphModule, ctx: Context) -> int:
     """Let a convolution, plain or transposed, read its weight packed, and its activation too where that is quantized.
 
     Before: `aten.conv2d(x, fp4fx.dequantize(p, s, g, [N, C, 3, 3], dtype, "conv"), bias, [1, 1], [1, 1], [1, 1], 1)`
-    After: `fp4fx.conv(x, p, s, g, bias, C, [3, 3], [1, 1], [1, 1], [1, 1], 1)`
+    After: `fp4fx.conv(x, p, s, g, bias, C, [3, 3], [1, 1], [1, 1], [1, 1], 1, ...)`
     """
     rewrites = 0
     for node in list(gm.graph.nodes):
@@ -57,22 +57,13 @@ def _fuse(gm: GraphModule, ctx: Context, node: Node, *, transposed: bool) -> boo
         channels = w.shape[1] * groups
     a = activation_of(gm, x, "channels", dtype, like=node)
     bias = cast(gm, bias, dtype, like=node)
-    fused = emit(gm, target, (a.x, *w.parts, bias, channels, kernel, *tail, *a.scales), like=node)
+    args = (a.x, *w.parts, bias, channels, kernel, *tail, *a.scales, *no_epilogue(w))
+    fused = emit(gm, target, args, like=node)
     if unbatched:
         fused = emit(gm, aten.squeeze.dim, (fused, 0), like=node)
-    fused = _in_format_of(gm, fused, node)
-    node.replace_all_uses_with(fused)
+    substitute(node, fused)
     gm.graph.erase_node(node)
     return True
-
-
-def _in_format_of(gm: GraphModule, fused: Node, original: Node) -> Node:
-    """The memory format that the captured graph was traced with, on which a later view may rely."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(value(original).dim())
-    if last is None or value(original).is_contiguous() == value(fused).is_contiguous():
-        return fused
-    wanted = torch.contiguous_format if value(original).is_contiguous() else last
-    return emit(gm, aten.clone.default, (fused,), {"memory_format": wanted}, like=original)
 
 
 def _total(kernel: list[int], dilation: list[int]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule
 
-from fp4fx.capture import emit, value
+from fp4fx.capture import emit, substitute, value
 from fp4fx.passes.operands import weight_of
 from fp4fx.pipeline import Context, aten_name
 
@@ -27,7 +27,7 @@ def fuse_embedding(gm: GraphModule, ctx: Context) -> int:
         if w is None:
             continue
         fused = emit(gm, embedding, (indices, *w.parts, w.shape[-1], value(node).dtype), like=node)
-        node.replace_all_uses_with(fused)
+        substitute(node, fused)
         gm.graph.erase_node(node)
         rewrites += 1
     return rewrites

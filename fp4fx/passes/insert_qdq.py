@@ -73,8 +73,8 @@ def insert_qdq(gm: GraphModule, ctx: Context) -> int:
 def _quantize_parameter(gm: GraphModule, parameter: Node, decision: Decision) -> None:
     """One fake_quantize for the readers under gradients and one, to be folded, for all others."""
     assert decision.spec is not None
-    order, groups = decision.site.order, decision.site.groups
-    call = (parameter, None, order, groups, decision.spec.scale_rule, decision.spec.block[0])
+    site, spec = decision.site, decision.spec
+    call = (parameter, None, site.order, site.groups, spec.scale_rule, spec.block[0], spec.compute)
     users = list(parameter.users)
     for readers in ([u for u in users if needs_gradient(u)], [u for u in users if not needs_gradient(u)]):
         if readers:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fp4fx.capture import OpOverload, arguments, value
+from fp4fx.capture import OpOverload, arguments, needs_gradient, value
 from fp4fx.kernels import KERNELS
 from fp4fx.lowering import Lowering
 from fp4fx.pipeline import Context, op_name
@@ -64,15 +64,26 @@ def _request(node: Node, name: str, ctx: Context, *, frozen: bool) -> Request:
     result = result[0] if isinstance(result, tuple) else result
     first, operand = value(arguments(node)[0]), value(arguments(node)[_PACKED[name]])
     is_weight = _PACKED[name] == 1 and operand.dim() == 2
+    named = _named(node) if name in ("conv", "conv_transpose") else {}
     return Request(
         op=name,
         target=target_of(result.device),
-        dtype=result.dtype,
+        dtype=first.dtype if name == "quantize" else result.dtype,
         n=operand.shape[0] if is_weight else None,
         k=2 * operand.shape[1] if is_weight else None,
         quantized_input=is_weight and first.dtype == torch.uint8,
         freezing=ctx.freezing and frozen,
+        gradient=needs_gradient(node),
+        groups=named.get("groups", 1),
+        kernel_size=tuple(named.get("kernel_size", ())),
+        padding=tuple(named.get("padding", ())),
     )
+
+
+def _named(node: Node) -> dict[str, Any]:
+    """The arguments of an op by name."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    return {argument.name: given for argument, given in zip(schema, arguments(node), strict=False)}
 
 
 def _spelling(node: Node) -> str:
