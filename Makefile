@@ -9,7 +9,7 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench sanitize clean
 
 demo: $(DEMO)
 	$(PY) -m fp4fx demo
@@ -23,8 +23,14 @@ check: $(DEV)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+# Short ones; the extra `peers` brings what fp4fx is measured beside, and what is missing is named in the tables.
 bench: $(DEV)
-	$(PY) -m benchmarks.models
+	$(PY) -m benchmarks.ops --quick --out build/bench/ops-cpu.json
+	$(PY) -m benchmarks.models --quick --out build/bench/models-cpu.json
+
+# The CPU kernels under AddressSanitizer and UBSan, at every instruction set that this machine has.
+sanitize: $(DEV)
+	$(PY) -m tests.kernels.sanitize $(TIERS)
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fp4fx import capture, ops
+from fp4fx import capture
 from fp4fx.errors import BackendError, FallbackError
 from fp4fx.lowering import ATTRIBUTE, DECISION, NOTE, Lowering
 from fp4fx.passes import PASSES
@@ -133,13 +133,18 @@ def _with_codes(compiled: capture.CompiledGraph, folded: list[Folded]) -> captur
             state = _state(parameter)
             seen, parts = codes_of.get(parameter, (None, ()))
             if state is None or seen != state:
-                with torch.no_grad():
-                    parts = ops.quantize(parameter.detach(), *arguments)
+                parts = _encode(parameter, arguments)
                 codes_of[parameter] = (state, parts)
             codes.extend(parts)
         return compiled(*args, *codes)
 
     return call
+
+
+@torch.no_grad()
+def _encode(parameter: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    parts: tuple[Tensor, Tensor, Tensor] = torch.ops.fp4fx.quantize.default(parameter.detach(), *arguments)
+    return parts
 
 
 def _state(parameter: Tensor) -> tuple[int, int] | None:

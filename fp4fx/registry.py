@@ -19,7 +19,7 @@ class Request:
     """Name under `fp4fx::`."""
     target: Target
     dtype: torch.dtype
-    """Dtype of the result."""
+    """Floating-point dtype of the result, or of what is quantized."""
     n: int | None
     """Rows of the packed weight; None for an op on an activation, whose sizes may be dynamic."""
     k: int | None
@@ -28,6 +28,12 @@ class Request:
     """The activation arrives packed (W4A4)."""
     freezing: bool
     """Inductor's freezing will fold whatever depends on weights alone."""
+    gradient: bool = False
+    """The result requires a gradient."""
+    groups: int = 1
+    """Of a convolution, as its kernel size and padding."""
+    kernel_size: tuple[int, ...] = ()
+    padding: tuple[int | torch.SymInt, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,8 @@ class Kernel:
     """Why this kernel cannot take the request, or None."""
     lower: Callable[[Node], None]
     """Retargets the node to the kernel."""
+    device: str | None = None
+    """The one device type it is for; elsewhere it is no choice, and gives no reason. None: any."""
 
 
 def select(request: Request, kernels: Sequence[Kernel]) -> tuple[Kernel, tuple[str, ...]]:
@@ -49,7 +57,7 @@ def select(request: Request, kernels: Sequence[Kernel]) -> tuple[Kernel, tuple[s
     """
     refusals: list[str] = []
     for kernel in kernels:
-        if request.op not in kernel.ops:
+        if request.op not in kernel.ops or kernel.device not in (None, request.target.device):
             continue
         reason = kernel.refuse(request)
         if reason is None:

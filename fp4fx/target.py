@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-_ISA = ("avx", "amx", "fma", "asimd", "sve", "bf16", "i8mm")
+_ISA = ("avx", "amx", "fma", "f16c", "asimd", "sve", "bf16", "i8mm")
 """How the flags of note begin, on x86-64 and on Arm."""
 
 

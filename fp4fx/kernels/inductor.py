@@ -14,6 +14,9 @@ from fp4fx.registry import Kernel, Request
 _OPS = frozenset(ops.__all__) - {"fake_quantize"}  # which needs its own op for the straight-through gradient
 
 
+_WITH_EPILOGUE = ("linear", "conv", "conv_transpose")
+
+
 def _refuse(request: Request) -> str | None:
     if request.freezing:
         return "Inductor's freezing would fold the decoded weight back to a dense constant"
@@ -23,6 +26,8 @@ def _refuse(request: Request) -> str | None:
 def _lower(node: Node) -> None:
     name = node.target._opname  # type: ignore[union-attr]
     node.target = getattr(ops, name)
+    if name in _WITH_EPILOGUE:  # a library is fast in x's dtype, and the epilogue is in fp32 all the same
+        node.kwargs = {**node.kwargs, "widen": False}
 
 
 KERNEL = Kernel(name="inductor", ops=_OPS, refuse=_refuse, lower=_lower)

@@ -1,0 +1,45 @@
+// Linear layers: which kernel for which number of rows.
+#pragma once
+
+#include "amx.h"
+#include "gemv.h"
+
+namespace fp4fx {
+namespace FP4FX_TIER {
+
+template <class Op>
+static void linear_gemm(const Linear& a, const Pool& pool) {
+  const Rows rows = rows_of(a);
+  const bool direct = Operands<Op>::direct(rows);
+  const int64_t row_bytes = direct ? a.x_stride * size_of(a.dtype) : Operands<Op>::bytes(rows, 1);
+  Scratch staged(direct ? 0 : a.m * row_bytes);
+  if (!direct) Operands<Op>::stage(rows, a.m, 1, (char*)staged.data, pool);
+  const Tap tap{{0, 0, 0}, 0};
+  Gather g{};
+  g.x = direct ? (const char*)a.x : (const char*)staged.data;
+  g.pixel = row_bytes;
+  g.batch = 1;
+  for (int d = 0; d < 3; ++d) {
+    g.in[d] = g.count[d] = g.out[d] = d == 2 ? a.m : 1;
+    g.step[d] = g.out_step[d] = 1;
+    g.out_start[d] = 0;
+  }
+  g.channels = round_up(a.w.k, Op::kValues);
+  g.groups = g.n_taps = 1;
+  g.taps = &tap;
+  gemm<Op>(g, a.w, columns_of(a), pool);
+}
+
+// Rows up to which decoding anew for every four of them is faster than a panel.
+constexpr int64_t kGemvRows = kAmx ? 3 : 8;
+
+static void linear(const Linear& a, const Pool& pool) {
+  if (a.m == 0 || a.w.n == 0) return;
+  const bool few = a.m <= kGemvRows;
+  if (a.compute == Compute::fp32) return few ? gemv<DotF32>(a, pool) : linear_gemm<OpF32>(a, pool);
+  if (few && a.compute == Compute::int8) return gemv<DotInt8>(a, pool);
+  return few ? gemv<DotBf16>(a, pool) : linear_gemm<OpBf16>(a, pool);
+}
+
+}  // namespace FP4FX_TIER
+}  // namespace fp4fx

@@ -1,0 +1,336 @@
+"""The ops `fp4fx_cpu::*` at every tier: against the bodies in fp64, and what they refuse."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from fp4fx import nvfp4, ops
+from fp4fx.kernels.cpu import library
+
+ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "hardsigmoid", "sigmoid")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+LINEAR = [  # m, k, n
+    *[(1, 1, 1), (1, 15, 3), (1, 40, 7), (1, 256, 96), (2, 17, 1), (3, 16, 33), (4, 130, 64), (7, 64, 5)],
+    *[(16, 200, 50), (17, 48, 130), (33, 72, 17), (70, 31, 40), (130, 320, 66)],
+]
+CONV = [  # x, weight, stride, padding, dilation, groups
+    ((2, 6, 20), (8, 6, 3), [1], [1], [1], 1),
+    ((2, 8, 9), (4, 4, 4), [3], [2], [2], 2),
+    ((2, 8, 9, 11), (12, 8, 3, 3), [2, 2], [1, 1], [1, 1], 1),
+    ((2, 8, 9, 9), (12, 4, 3, 3), [1, 1], [2, 2], [2, 2], 2),
+    ((1, 3, 8, 8), (5, 3, 1, 1), [1, 1], [0, 0], [1, 1], 1),
+    ((3, 32, 7, 5), (17, 32, 1, 1), [2, 1], [0, 0], [1, 1], 1),
+    ((1, 2, 9, 9), (3, 2, 2, 2), [4, 3], [0, 0], [1, 1], 1),
+    ((1, 16, 6, 6), (16, 1, 3, 3), [1, 1], [1, 1], [1, 1], 16),
+    ((2, 48, 5, 5), (40, 48, 3, 3), [1, 1], [1, 1], [1, 1], 1),
+    ((1, 3, 12, 12), (8, 3, 7, 7), [2, 2], [3, 3], [1, 1], 1),
+    ((1, 4, 5, 6, 7), (6, 4, 2, 3, 2), [1, 2, 1], [0, 1, 0], [1, 1, 1], 1),
+]
+TRANSPOSED = [  # x, weight, stride, padding, output_padding, dilation, groups
+    ((2, 8, 5), (8, 6, 3), [2], [1], [1], [1], 1),
+    ((2, 8, 5, 5), (8, 3, 3, 3), [2, 2], [1, 1], [1, 1], [1, 1], 2),
+    ((1, 16, 4, 6), (16, 8, 2, 2), [2, 2], [0, 0], [0, 0], [1, 1], 1),
+    ((1, 5, 4, 4), (5, 7, 3, 2), [3, 1], [0, 0], [2, 0], [2, 2], 1),
+    ((1, 8, 3, 4, 3), (8, 3, 2, 3, 3), [1, 2, 3], [0, 1, 1], [0, 1, 0], [1, 1, 1], 2),
+]
+
+
+def packed(shape, order="rows", groups=1):
+    return ops.quantize(torch.randn(shape) / 3, None, order, groups)
+
+
+def limit(dtype, compute):
+    """Largest relative error: of the operands, and of one rounding of the result."""
+    operands = {"bf16": 4e-3, "fp32": 1e-5, "int8": 2e-2}[compute]
+    return operands + {torch.float32: 0, torch.float16: 4e-4, torch.bfloat16: 3e-3}[dtype]
+
+
+def error(y, reference):
+    return ((y.double() - reference).norm() / reference.norm().clamp(min=1e-30)).item()
+
+
+def strides(y):
+    """Those that matter."""
+    return [s for s, n in zip(y.stride(), y.shape, strict=True) if n > 1] if y.numel() else []
+
+
+def double(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() else value
+
+
+def check(name, tier, args, compute="bf16", **epilogue):
+    """One call against the body of the op, which gets x and the epilogue in fp64."""
+    y = getattr(torch.ops.fp4fx_cpu, name)(*args, **epilogue, compute=compute, tier=tier)
+    x, packed, scale, global_scale, bias, *rest = args
+    reference = getattr(ops, name)(
+        double(x), packed, scale, global_scale, double(bias), *rest, **{k: double(v) for k, v in epilogue.items()}
+    )
+    assert y.shape == reference.shape and y.dtype == x.dtype
+    assert strides(y) == strides(reference)
+    assert y.numel() == 0 or error(y, reference) < limit(x.dtype, compute), (name, tier, x.shape, epilogue.keys())
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp32", "int8"])
+def test_linear_is_the_body_in_fp64(tier, compute):
+    for (m, k, n), dtype in itertools.product(LINEAR, DTYPES):
+        if compute == "fp32" and dtype != torch.float32:
+            continue
+        check("linear", tier, (torch.randn(m, k).to(dtype), *packed((n, k)), torch.randn(n), k), compute)
+
+
+def test_linear_takes_any_strides_and_leading_axes(tier):
+    w = packed((9, 40))
+    whole = torch.randn(6, 4, 100)
+    for x in (
+        whole[0, 0, 3:43],
+        whole[..., 5:45],  # rows apart, one stride
+        whole[:, 1:3, 7:47],  # two strides
+        whole[::2, :, :80:2],
+        whole.transpose(0, 1)[..., :40],
+        whole[:1, :1, :40].expand(3, 2, 40),
+        torch.randn(40, 5).t(),
+        torch.randn(2, 0, 40),
+        torch.randn(0, 40),
+        torch.randn(1, 3, 1, 40),
+    ):
+        check("linear", tier, (x, *w, None, 40))
+    misaligned = torch.randn(3 * 40 + 1)[1:].view(3, 40)
+    check("linear", tier, (misaligned, *w, torch.randn(10)[1:].bfloat16(), 40))
+    shifted = [torch.cat([p.flatten()[:1], p.flatten()])[1:].view(p.shape) for p in w[:2]]
+    check("linear", tier, (misaligned, *shifted, w[2], None, 40))
+    apart = [torch.stack([p, p], 1)[:, 0] for p in w[:2]]
+    check("linear", tier, (misaligned, *apart, w[2], None, 40))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_epilogues(tier, dtype):
+    for m, activation in itertools.product((1, 5, 40), ("none", *ACTIVATIONS)):
+        x, w, scale, residual = torch.randn(m, 48).to(dtype), packed((37, 48)), torch.rand(37) + 0.5, torch.randn(m, 37)
+        args = (x, *w, torch.randn(37), 48)
+        check("linear", tier, args, activation=activation)
+        given = {"channel_scale": scale.to(dtype), "residual": residual.to(dtype)}
+        check("linear", tier, args, **given, activation=activation)
+    for shape, weight, *geometry in CONV:
+        x = torch.randn(shape).to(dtype)
+        args = (x, *packed(weight, "conv", geometry[-1]), torch.randn(weight[0]), shape[1], weight[2:], *geometry)
+        out = ops.conv(*args).shape
+        given = {"channel_scale": torch.rand(weight[0]) + 0.5, "residual": torch.randn(out).to(dtype)}
+        check("conv", tier, args, **given, activation="silu")
+    x, w = torch.randn(2, 8, 5, 5).to(dtype), packed((8, 6, 2, 2), "conv_transpose")
+    args = (x, *w, torch.randn(6), 8, (2, 2), [2, 2], [0, 0], [0, 0], [1, 1], 1)
+    check("conv_transpose", tier, args, residual=torch.randn(2, 6, 10, 10).to(dtype), activation="relu")
+
+
+@pytest.mark.parametrize("case", CONV, ids=str)
+def test_conv_is_the_body_in_fp64(tier, case):
+    shape, weight, *geometry = case
+    w, bias = packed(weight, "conv", geometry[-1]), torch.randn(weight[0])
+    for dtype, compute in ((torch.float32, "bf16"), (torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        x = torch.randn(shape).to(dtype)
+        args = (*w, bias, shape[1], weight[2:], *geometry)
+        check("conv", tier, (x, *args), compute)
+        check("conv", tier, (x[:0], *args), compute)
+        if x.dim() in LAST:
+            check("conv", tier, (x.to(memory_format=LAST[x.dim()]), *args), compute)
+        wider = torch.randn(*shape[:-1], shape[-1] + 3).to(dtype)[..., 1:-2]
+        check("conv", tier, (wider, *args), compute)
+
+
+@pytest.mark.parametrize("case", TRANSPOSED, ids=str)
+def test_conv_transpose_is_the_body_in_fp64(tier, case):
+    shape, weight, *geometry = case
+    w = packed(weight, "conv_transpose", geometry[-1])
+    bias = torch.randn(weight[1] * geometry[-1])
+    for dtype, compute in ((torch.float32, "bf16"), (torch.float32, "fp32"), (torch.float16, "bf16")):
+        x = torch.randn(shape).to(dtype)
+        args = (*w, bias, shape[1], weight[2:], *geometry)
+        check("conv_transpose", tier, (x, *args), compute)
+        if x.dim() in LAST:
+            check("conv_transpose", tier, (x.to(memory_format=LAST[x.dim()]), *args), compute)
+
+
+def test_a_packed_activation(tier):
+    for m, k, n in LINEAR:
+        x, scale, g = ops.quantize(torch.randn(m, k))
+        w = packed((n, k))
+        y = torch.ops.fp4fx_cpu.linear(x, *w, None, k, scale, g, torch.float32, compute="fp32", tier=tier)
+        assert error(y, ops.linear(x, *w, None, k, scale, g, torch.float64)) < limit(torch.float32, "fp32")
+        y = torch.ops.fp4fx_cpu.linear(x, *w, None, k, scale, g, torch.bfloat16, tier=tier)
+        assert error(y, ops.linear(x, *w, None, k, scale, g, torch.float64)) < limit(torch.bfloat16, "bf16")
+    for shape, weight, *geometry in CONV:
+        x, scale, g = ops.quantize(torch.randn(shape), None, "channels")
+        args = (*packed(weight, "conv", geometry[-1]), None, shape[1], weight[2:], *geometry, scale, g)
+        y = torch.ops.fp4fx_cpu.conv(x, *args, torch.float32, tier=tier)
+        reference = ops.conv(x, *args, torch.float64)
+        assert strides(y) == strides(reference) and error(y, reference) < limit(torch.float32, "bf16")
+
+
+ORDERS = [
+    ((33,), "rows", 1),
+    ((5, 40), "rows", 1),
+    ((2, 3, 16), "rows", 1),
+    ((0, 24), "rows", 1),
+    ((2, 12, 5, 3), "channels", 1),
+    ((2, 36, 5), "channels", 2),
+    ((12, 5, 3, 3), "conv", 1),
+    ((12, 4, 3), "conv", 2),
+    ((8, 3, 3, 3), "conv_transpose", 2),
+    ((5, 7, 2, 2, 2), "conv_transpose", 1),
+]
+
+
+@pytest.mark.parametrize("block_rows", [1, 16])
+@pytest.mark.parametrize("case", ORDERS, ids=str)
+def test_the_codec_gives_the_bits_of_the_body(tier, case, block_rows):
+    shape, order, groups = case
+    for dtype, g in itertools.product(DTYPES, (None, torch.tensor(0.01))):
+        x = torch.randn(shape).to(dtype)
+        parts = torch.ops.fp4fx_cpu.quantize(x, g, order, groups, "max", block_rows, tier=tier)
+        expected = ops.quantize(x, g, order, groups, "max", block_rows)
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(parts, expected, strict=True))
+        assert g is None or parts[2].data_ptr() != g.data_ptr()
+        y = torch.ops.fp4fx_cpu.dequantize(*parts, shape, dtype, order, groups, tier=tier)
+        expected = ops.dequantize(*parts, shape, dtype, order, groups)
+        assert torch.equal(y, expected) and strides(y) == strides(expected) and y.dtype == dtype
+
+
+def test_tiles_end_with_their_matrix(tier):
+    x = torch.randn(3, 20, 40) * torch.tensor([1.0, 5.0, 0.1]).view(3, 1, 1)
+    for rows in (x, x[:, :16], x[:, ::2], x[:1], x[0]):
+        parts = torch.ops.fp4fx_cpu.quantize(rows, block_rows=16, tier=tier)
+        expected = nvfp4.quantize_rows(rows, block_rows=16)
+        assert all(torch.equal(a, b) for a, b in zip(parts, expected, strict=True))
+
+
+def test_embedding(tier):
+    w = packed((11, 40))
+    for indices in (torch.tensor([[0, 10], [3, 3]]), torch.tensor(4), torch.arange(22, dtype=torch.int32)[::2] % 11):
+        for dtype in DTYPES:
+            y = torch.ops.fp4fx_cpu.embedding(indices, *w, 40, dtype, tier=tier)
+            assert torch.equal(y, ops.embedding(indices, *w, 40, dtype))
+    assert torch.ops.fp4fx_cpu.embedding(torch.empty(0, 3).long(), *w, 40, torch.float32, tier=tier).shape == (0, 3, 40)
+    for bad in (-1, 11):
+        with pytest.raises(IndexError, match=f"{bad} is out of range, the table has 11"):
+            torch.ops.fp4fx_cpu.embedding(torch.tensor([0, bad]), *w, 40, torch.float32, tier=tier)
+
+
+# --- what no tier decides ---------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused(cpu_ops):
+    w, x = packed((7, 40)), torch.randn(3, 40)
+    linear, conv = cpu_ops.linear, packed((6, 8, 3, 3), "conv")
+    image = torch.randn(1, 8, 5, 5)
+
+    def convolve(x=image, channels=8, stride=(1, 1), padding=(1, 1), groups=1, kernel=(3, 3)):
+        return cpu_ops.conv(x, *conv, None, channels, kernel, stride, padding, [1, 1], groups)
+
+    for call, message in (
+        (lambda: linear(x[:, :39], *w, None, 40), "x has 39 values"),
+        (lambda: linear(torch.randn(3, 64), *w, None, 64), "K=64 needs 32 code bytes"),
+        (lambda: linear(x.double(), *w, None, 40), "float32, bfloat16 or float16, found Double"),
+        (lambda: linear(x, w[0].int(), *w[1:], None, 40), "uint8"),
+        (lambda: linear(x, *w[:2], w[2].double(), None, 40), "global scale must be one float32"),
+        (lambda: linear(x, *w, torch.randn(8), 40), "bias must have 7"),
+        (lambda: linear(x, *w, None, 40, channel_scale=torch.ones(7).int()), "channel_scale must have 7 floating"),
+        (lambda: linear(x, *w, None, 40, residual=torch.randn(3, 8)), "residual must be Float"),
+        (lambda: linear(x, *w, None, 40, residual=torch.randn(3, 7).half()), "residual must be Float"),
+        (lambda: linear(x, *w, None, 40, activation="tanh"), "unknown activation 'tanh'; use one of none, relu"),
+        (lambda: linear(x, *w, None, 40, compute="fp8"), "unknown compute 'fp8'"),
+        (lambda: linear(x, *w, None, 40, tier="sse"), "no tier 'sse'"),
+        (lambda: linear(x, *w, None, 40, torch.ones(3, 3).byte()), "a quantized x needs"),
+        (lambda: convolve(padding=(-1, 0)), "negative padding"),
+        (lambda: convolve(x=image[..., :2], padding=(0, 0)), "does not fit"),
+        (lambda: convolve(stride=(0, 1)), "must be positive"),
+        (lambda: convolve(channels=9), "K=81"),
+        (lambda: convolve(groups=3), "do not form 3 groups"),
+        (lambda: convolve(x=image[0]), "x must have a batch"),
+        (lambda: convolve(stride=(1,)), "one to three spatial axes"),
+        (lambda: cpu_ops.quantize(x.double()), "float32, bfloat16 or float16"),
+        (lambda: cpu_ops.quantize(x, block_rows=2), "1 row or 16"),
+        (lambda: cpu_ops.quantize(x, scale_rule="min"), "unknown scale rule"),
+        (lambda: cpu_ops.quantize(x, torch.tensor(0.0)), "must be positive"),
+        (lambda: cpu_ops.quantize(x[:, :0]), "no values along its reduction axis"),
+        (lambda: cpu_ops.quantize(x, None, "diagonal"), "unknown order"),
+        (lambda: cpu_ops.dequantize(*w, (8, 40), torch.float32), "do not fill the shape"),
+        (lambda: cpu_ops.embedding(x, *w, 40, torch.float32), "indices must be int64"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            call()
+
+
+def test_fakes_and_schemas(cpu_ops):
+    w, conv, transposed = packed((7, 40)), packed((6, 8, 3, 3), "conv"), packed((8, 3, 3, 3), "conv_transpose", 2)
+    x = torch.randn(2, 8, 5, 5)
+    xq = ops.quantize(torch.randn(3, 40))
+    square = ((3, 3), [2, 2], [1, 1])
+    for name, args, kwargs in (
+        ("quantize", (x, None, "channels"), {}),
+        ("dequantize", (*conv, (6, 8, 3, 3), torch.bfloat16, "conv"), {"tier": "portable"}),
+        ("linear", (torch.randn(3, 40), *w, torch.randn(7), 40), {"activation": "relu", "compute": "fp32"}),
+        ("linear", (xq[0], *w, None, 40, *xq[1:], torch.float32), {"tier": "portable"}),
+        ("conv", (x, *conv, None, 8, *square, [1, 1], 1), {}),
+        ("conv", (x.to(memory_format=torch.channels_last), *conv, None, 8, *square, [1, 1], 1), {}),
+        ("conv_transpose", (x, *transposed, None, 8, *square, [1, 1], [1, 1], 2), {}),
+        ("embedding", (torch.tensor([[0, 6]]), *w, 40, torch.float32), {}),
+    ):
+        opcheck(getattr(cpu_ops, name).default, args, kwargs)
+
+
+def test_the_eager_codec_uses_the_kernels_and_keeps_its_bits(cpu_ops):
+    x = torch.randn(5, 40)
+    expected = nvfp4.quantize_rows(x)
+    parts = torch.ops.fp4fx.quantize(x)
+    assert all(torch.equal(a, b) for a, b in zip(parts, expected, strict=True))
+    dense = nvfp4.dequantize_rows(*expected, 40, torch.float32)
+    with torch.profiler.profile() as seen:
+        assert torch.equal(torch.ops.fp4fx.dequantize(*parts, (5, 40), torch.float32), dense)
+        assert torch.equal(torch.ops.fp4fx.fake_quantize(x), dense)
+        assert torch.equal(torch.ops.fp4fx.embedding(torch.tensor([1, 3]), *parts, 40, torch.float32), dense[[1, 3]])
+        q = library.quantize(x)
+    assert torch.equal(q.packed, parts[0]) and torch.equal(q.scale, parts[1])
+    count = {event.key: event.count for event in seen.key_averages()}
+    assert count["fp4fx_cpu::dequantize"] == 3 and count["fp4fx_cpu::quantize"] == 2
+    wide = torch.ops.fp4fx.quantize(x.double())  # which no kernel takes
+    assert all(torch.equal(a, b) for a, b in zip(wide, expected, strict=True))
+    y = x.clone().requires_grad_()
+    torch.ops.fp4fx.fake_quantize(y).sum().backward()
+    assert torch.equal(y.grad, torch.ones_like(y))
+
+
+def test_threads_that_call_different_layers_do_not_disturb_each_other(cpu_ops):
+    calls = []
+    for i in range(4):
+        w, conv = packed((50 + i, 40)), packed((20 + i, 8, 3, 3), "conv")
+        x, image = torch.randn(30 + i, 40), torch.randn(1, 8, 9, 9)
+        calls.append(
+            lambda x=x, w=w, image=image, conv=conv: (
+                cpu_ops.linear(x, *w, None, 40),
+                cpu_ops.conv(image, *conv, None, 8, (3, 3), [1, 1], [1, 1], [1, 1], 1),
+                *cpu_ops.quantize(x),
+            )
+        )
+    expected = [call() for call in calls]
+    wrong = []
+
+    def work(i):
+        wrong.extend(
+            i for _ in range(50) if not all(torch.equal(a, b) for a, b in zip(calls[i](), expected[i], strict=True))
+        )
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
