@@ -1,1 +1,9 @@
-"""Measurements that write rows to benchmarks/results, each with its device, versions and date."""
+"""Measurements of fp4fx beside its peers: `benchmarks.ops`, `benchmarks.models`, and `benchmarks.plot` to draw them.
+
+Several thread pools share the cores. An OpenMP pool that spins for long after its work takes a core from the next
+candidate, so it gives up after about 0.1 ms; libgomp reads that when torch is loaded, hence it is set here.
+"""
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")

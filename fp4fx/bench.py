@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fp4fx import __version__
+from fp4fx.capture import configured
 from fp4fx.target import target_of
 
 EAGER, INDUCTOR, INDUCTOR_BF16 = "eager fp32", "Inductor fp32", "Inductor bf16"
@@ -119,14 +120,31 @@ def candidates(model: nn.Module, packed: nn.Module, inputs: Sequence[Tensor]) ->
     packed_bf16 = copy.deepcopy(packed).to(torch.bfloat16)
     images = [_channels_last(x) for x in inputs]
     halves = [x.to(torch.bfloat16) if x.is_floating_point() else x for x in images]
-    frozen: dict[str, Any] = {"freezing": True}  # constants repacked at compile time: Inductor's best for inference
     return {
         EAGER: Candidate(model, _call(model, inputs)),
-        INDUCTOR: Candidate(fp32, _call(torch.compile(fp32, options=frozen), images)),
-        INDUCTOR_BF16: Candidate(bf16, _call(torch.compile(bf16, options=frozen), halves)),
+        INDUCTOR: Candidate(fp32, frozen(_call(torch.compile(fp32), images))),
+        INDUCTOR_BF16: Candidate(bf16, frozen(_call(torch.compile(bf16), halves))),
         FP4FX: Candidate(packed, _call(torch.compile(packed, backend="fp4fx"), images)),
         FP4FX_BF16: Candidate(packed_bf16, _call(torch.compile(packed_bf16, backend="fp4fx"), halves)),
     }
+
+
+def frozen(call: Call) -> Call:
+    """The call, its first run (which compiles) under Inductor's freezing: constants repacked, its best for inference.
+
+    As an option of torch.compile it comes too late: Dynamo has made inputs of the parameters by then (torch 2.15).
+    """
+    compiled = False
+
+    def run() -> Any:
+        nonlocal compiled
+        if compiled:
+            return call()
+        compiled = True
+        with configured({"freezing": True}):
+            return call()
+
+    return run
 
 
 def _channels_last(x: Tensor) -> Tensor:
