@@ -1,7 +1,7 @@
 """Latency, bytes and error of whole models: torch eager, Inductor, fp4fx, OpenVINO.
 
-Every model runs in a process of its own, where the candidates alternate; weights are random, which cost what trained
-ones cost. A candidate that cannot be measured is a row with its reason.
+Every model runs in a process of its own, where the candidates alternate in blocks of some calls; weights are random,
+which cost what trained ones cost. A candidate that cannot be measured is a row with its reason.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tqdm import tqdm
 import fp4fx
 from benchmarks import nets
 from benchmarks.peers import reason
+from benchmarks.timing import blocks
 from benchmarks.versions import versions
 from fp4fx import bench
 from fp4fx.bench import Call
@@ -146,7 +147,7 @@ def measure(name: str, batch: int, rounds: int, only: list[str] | None) -> list[
             continue
         calls[candidate] = call
         facts[candidate] = {"candidate": candidate, "first_call_s": first, "weight_bytes": weights, "error": error}
-    for candidate, took in bench.alternate(calls, rounds).items():
+    for candidate, took in blocks(calls, rounds, seconds=0.1).items():
         times = asdict(took)
         count = times.pop("rounds")
         rows.append({**known, **facts[candidate], "rounds": count, **{f"{k}_ms": v for k, v in times.items()}})
@@ -214,8 +215,8 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"default: {' '.join(MODELS)}")
     parser.add_argument("--batches", nargs="*", type=int, metavar="B", help="default: 1 8, the decoder 1")
     parser.add_argument("--only", metavar="TEXT", nargs="*", help="candidates whose name has one of these in it")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--quick", action="store_true", help=f"{' and '.join(QUICK)}, batch 1, five rounds")
+    parser.add_argument("--rounds", type=int, default=9, help="blocks of each candidate")
+    parser.add_argument("--quick", action="store_true", help=f"{' and '.join(QUICK)}, batch 1, three rounds")
     parser.add_argument("--here", type=int, metavar="B", help="measure MODEL at this batch size in this process")
     parser.add_argument("--out", type=Path, default=RESULTS / "models-cpu.json", metavar="FILE")
     args = parser.parse_args()
@@ -224,7 +225,7 @@ def main() -> None:
         args.out.write_text(json.dumps(rows), "utf-8")
         return
     if args.quick:
-        args.models, args.batches, args.rounds = args.models or QUICK, args.batches or [1], 5
+        args.models, args.batches, args.rounds = args.models or QUICK, args.batches or [1], 3
     where = {**bench.environment(), "versions": versions()}
     work = [(name, batch) for name in args.models or MODELS for batch in args.batches or nets.batches(name)]
     rows = [row for name, b in tqdm(work, unit="model", disable=None) for row in apart(name, b, args.rounds, args.only)]

@@ -14,11 +14,17 @@ from fp4fx.kernels.cpu import library
 from fp4fx.registry import Kernel, Request
 
 
+_FEW = 8
+"""Results per group of a convolution from which on its kernels are worth it."""
+
+
 def _refuse(request: Request) -> str | None:
     if request.dtype not in library.DTYPES:
         return f"found {request.dtype}, the kernels take float32, bfloat16 and float16"
     if request.gradient:
         return "the result requires a gradient and the kernels have no backward; run under torch.no_grad()"
+    if request.groups > 1 and request.n is not None and request.n // request.groups < _FEW:
+        return f"{request.groups} groups of {request.n // request.groups} channels leave most of a vector empty"
     if any(padding < 0 for padding in request.padding):
         return f"negative padding {request.padding}"
     return library.load()  # last: it may build

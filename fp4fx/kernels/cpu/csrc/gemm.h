@@ -265,7 +265,8 @@ static void gemm(const Gather& g, const Packed& w, const Columns& columns, const
   while (heights < tiles / 4 && 16 * bands * heights < 15 * round_up(bands * heights, pool.threads)) ++heights;
   const int64_t height = (tiles + heights - 1) / heights;
   const int64_t units = bands * heights;
-  const int64_t pieces = smaller(units, pool.threads);
+  const bool tiny = tiles * Op::kTileM * w.n * span < 1 << 18;  // done before another thread has begun
+  const int64_t pieces = tiny ? 1 : smaller(units, pool.threads);
   Scratch zeros(larger(1, g.channels) * 4);
   std::memset(zeros.data, 0, larger(1, g.channels) * 4);
   parallel(pool, pieces, [&](int64_t piece) {
