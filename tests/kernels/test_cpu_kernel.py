@@ -1,5 +1,6 @@
 """When the compiler chooses the CPU kernels, and what it says when it does not."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -96,3 +97,35 @@ def test_a_dynamic_batch_runs_at_every_size(cpu_ops):
             x = torch.randn(batch, 3, 6, 6)
             torch.testing.assert_close(compiled(x), q(x), rtol=1e-4, atol=1e-4)
     assert {kernel for row in fp4fx.report(q).rows for kernel in row.kernels} == {"conv: cpu", "linear: cpu"}
+
+
+def test_it_refuses_groups_that_leave_vectors_empty():
+    _, reasons = select(replace(REQUEST, n=64, groups=16), KERNELS)
+    assert reasons == ("cpu: 16 groups of 4 channels leave most of a vector empty",)
+    assert select(replace(REQUEST, n=64, groups=8), KERNELS)[1] == ()
+
+
+@pytest.mark.parametrize("freezing", [False, True])
+def test_compiling_keeps_one_copy_of_the_weights(cpu_ops, freezing):
+    """At most 0.6 bytes for each quantized value, over all tensors that are alive."""
+    model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(3)]).eval()
+    before = _storages()
+    packed = fp4fx.quantize(model, fp4fx.Policy(skip_first=0, skip_last=0))
+    x = torch.randn(2, 1024)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=freezing):
+        compiled = torch.compile(packed, backend="fp4fx")
+        compiled(x)
+        compiled(x)
+    values = sum(layer.weight.numel() for layer in model)
+    new = sum(size for pointer, size in _storages().items() if pointer not in before)
+    assert 0.5 * values < new <= 0.6 * values
+
+
+def _storages():
+    """Bytes of the storages of all tensors that are alive, by address."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    storages = [
+        t.untyped_storage() for t in tensors if type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu"
+    ]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr()}

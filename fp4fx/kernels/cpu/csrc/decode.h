@@ -117,7 +117,10 @@ static void decode_rows(const Packed& w, int64_t n0, int64_t k0, int64_t k1, int
       vi c[kLanes];
       const int64_t count = 8 * smaller(kBlocks, blocks - block);
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) c[r] = load_bytes(codes + (smaller(r, last) * blocks + block) * 8, count);
+      for (int r = 0; r < kLanes; ++r) {
+        c[r] = load_bytes(codes + (smaller(r, last) * blocks + block) * 8, count);
+        __builtin_prefetch(codes + ((r + kLanes) * blocks + block) * 8, 0, 2);  // the rows that come next
+      }
       transpose(c);
 #pragma GCC unroll 2
       for (int quad = 0; quad < kBlocks / 4; ++quad) {

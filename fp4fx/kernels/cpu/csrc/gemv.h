@@ -11,7 +11,6 @@ namespace fp4fx {
 namespace FP4FX_TIER {
 
 constexpr int kChunk = 8 * kLanes;  // values per vector of codes
-constexpr int kAhead = 1024;        // bytes of a row to fetch early
 
 // Operands in fp32: element j of lane d is the value at 8 d + j.
 struct DotF32 {
@@ -178,9 +177,10 @@ FP4FX_INLINE void dot_rows(const Packed& w, int64_t n, const char* x, int64_t x_
     for (int r = 0; r < R; ++r) {
       vf scale[2];
       scales_twice(scales[r] + c * kBlocks, scale);
+      if (c % 8 == 0) __builtin_prefetch(scales[r] + c * kBlocks + R * blocks, 0, 2);
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        __builtin_prefetch(codes[r] + (c + i) * kChunk / 2 + kAhead);
+        __builtin_prefetch(codes[r] + (c + i) * kChunk / 2 + R * blocks * 8, 0, 2);  // the rows that come next
         typename Dot::Codes decoded = Dot::decode(load_i(codes[r] + (c + i) * kChunk / 2));
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m)
