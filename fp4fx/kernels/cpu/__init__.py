@@ -13,7 +13,6 @@ from fp4fx import capture
 from fp4fx.kernels.cpu import library
 from fp4fx.registry import Kernel, Request
 
-
 _FEW = 8
 """Results per group of a convolution from which on its kernels are worth it."""
 
