@@ -78,7 +78,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
         "fp4fx": __version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -90,7 +90,8 @@ def headline(where: Mapping[str, Any]) -> str:
     return f"{where['device']}, {where['threads']} threads, {versions}, {where['date']}"
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
