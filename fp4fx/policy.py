@@ -80,13 +80,13 @@ class Policy:
     of the policy. What is about the whole model (skip_first/last, include, exclude, on_fallback) cannot be changed."""
     scale_rule: ScaleRule = "max"
     """How the scale of a block is chosen. "max": block maximum / 6. "search": the one of least squared error among
-    those around it, a quarter less error for ten times the time of quantizing. "four_over_six" is not available yet."""
+    those around it, a quarter less error for eight times the time of quantizing. "four_over_six" is not available yet."""
     block: Block = (1, 16)
     """(rows, columns) of weight that share one scale: (1, 16), or (16, 16) for training, so that W and Wᵀ agree."""
     compute: Compute = "bf16"
     """Precision that a kernel may compute in; sums are fp32 in any case. "bf16": operands may be rounded to bf16 where
     the model is in fp32, as 4-bit weights lose nothing by it. "fp32": an fp32 model is computed to fp32 accuracy.
-    "int8": activations may be rounded to int8 in blocks of 16, whatever the model's dtype; the fastest for small
+    "int8": activations may be rounded to int8 in blocks of 16, whatever the model's dtype; meant for small
     batches. A kernel that offers no more than the model's own dtype, such as a library's, computes in that."""
     on_fallback: Literal["report", "raise"] = "report"
     """What happens where something cannot be had as asked (a site refused, an opaque module, a W4A4 site that stays

@@ -196,7 +196,7 @@ def _build(path: Path) -> None:
     if failed.exists() and time.time() - failed.stat().st_mtime < _RETRY:
         raise KernelError(f"the C++ compiler failed before, see {failed}; delete that file to try again")
     names = tiers()
-    log.info("building the CPU kernels (%s), once, about 30 s", ", ".join(names))
+    log.info("building the CPU kernels (%s), once, less than a minute", ", ".join(names))
     started = time.perf_counter()
     jobs: list[tuple[str, tuple[str, ...]]] = [
         ("binding.cpp", _torch_flags()),

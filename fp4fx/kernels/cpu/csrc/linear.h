@@ -30,7 +30,7 @@ static void linear_gemm(const Linear& a, const Pool& pool) {
   gemm<Op>(g, a.w, columns_of(a), pool);
 }
 
-// Rows up to which decoding anew for every four of them is faster than a panel.
+// Rows up to which decoding anew for every four of them is faster than a panel; with AMX assumed, not measured.
 constexpr int64_t kGemvRows = kAmx ? 3 : 8;
 
 static void linear(const Linear& a, const Pool& pool) {
