@@ -31,8 +31,7 @@ class Request:
     gradient: bool = False
     """The result requires a gradient."""
     groups: int = 1
-    """Of a convolution, as its kernel size and padding."""
-    kernel_size: tuple[int, ...] = ()
+    """Of a convolution, as its padding."""
     padding: tuple[int | torch.SymInt, ...] = ()
 
 

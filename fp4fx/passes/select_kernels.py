@@ -75,7 +75,6 @@ def _request(node: Node, name: str, ctx: Context, *, frozen: bool) -> Request:
         freezing=ctx.freezing and frozen,
         gradient=needs_gradient(node),
         groups=named.get("groups", 1),
-        kernel_size=tuple(named.get("kernel_size", ())),
         padding=tuple(named.get("padding", ())),
     )
 
