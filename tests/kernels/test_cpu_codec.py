@@ -127,3 +127,8 @@ def test_threads_do_not_change_bits(cpu_ops, threads):
         torch.set_num_threads(before)
     for a, b in zip(found, nvfp4.quantize_rows(x), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_search_over_tiles_is_refused(cpu_ops):
+    with pytest.raises(ValueError, match="a 16x16 block needs 'max'"):
+        cpu_ops.quantize(torch.randn(16, 16), None, "rows", 1, "search", 16)

@@ -90,7 +90,7 @@ struct Dequantize {
 enum class ScaleRule : int32_t { max, search };
 
 // Rows x [n, k], `x_stride` elements apart, to codes and scales. global_scale is given (0: to be found first and
-// written); block_rows is 1 or 16.
+// written); block_rows is 1 or 16, and 1 for `search`.
 struct Quantize {
   const void* x;
   DType dtype;

@@ -427,6 +427,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, const Maybe& global
   at::AutoDispatchBelowADInplaceOrView guard;
   TORCH_CHECK(x.is_cpu(), "fp4fx_cpu: x must be on the CPU, is on ", x.device());
   TORCH_CHECK_VALUE(block_rows == 1 || block_rows == 16, "fp4fx_cpu: a block has 1 row or 16, found ", block_rows);
+  TORCH_CHECK_VALUE(scale_rule != "search" || block_rows == 1,
+                    "fp4fx_cpu: scale_rule='search' chooses a scale per 16 values; a 16x16 block needs 'max'");
   const Order layout = order_of(order);
   const int64_t k = row_length(x.sizes(), layout, groups), blocks = blocks_of(k);
   Tensor rows = to_rows(x, layout, groups, k);

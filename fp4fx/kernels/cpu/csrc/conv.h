@@ -101,14 +101,8 @@ static void conv_with(const Conv& c, const Pool& pool) {
   Scratch patches(c.batch * volume(c.out) * patch);
   unfold<Op>(c, x, pixel, (char*)patches.data, pool);
   const Tap tap{{0, 0, 0}, 0};
-  Gather g{};
-  g.x = (const char*)patches.data, g.pixel = patch, g.batch = 1, g.channels = k, g.groups = c.groups;
-  g.taps = &tap, g.n_taps = 1;
-  for (int d = 0; d < 3; ++d) {
-    g.in[d] = g.count[d] = g.out[d] = d == 2 ? c.batch * volume(c.out) : 1;
-    g.step[d] = g.out_step[d] = 1;
-  }
-  gemm<Op>(g, c.w, columns_of(c), pool);
+  const int64_t pixels_of_y = c.batch * volume(c.out);
+  gemm<Op>(line_of((const char*)patches.data, patch, pixels_of_y, k, c.groups, tap), c.w, columns_of(c), pool);
 }
 
 // Every pixel by itself.

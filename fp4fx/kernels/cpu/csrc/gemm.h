@@ -42,6 +42,18 @@ struct Gather {
 
 FP4FX_INLINE int64_t volume(const int64_t (&v)[3]) { return v[0] * v[1] * v[2]; }
 
+// Rows of y that each read the row of x at the same place: one tap, which the caller keeps.
+FP4FX_INLINE Gather line_of(const char* x, int64_t row_bytes, int64_t rows, int64_t channels, int64_t groups,
+                            const Tap& tap) {
+  Gather g{};
+  g.x = x, g.pixel = row_bytes, g.batch = 1, g.channels = channels, g.groups = groups, g.taps = &tap, g.n_taps = 1;
+  for (int d = 0; d < 3; ++d) {
+    g.in[d] = g.count[d] = g.out[d] = d == 2 ? rows : 1;
+    g.step[d] = g.out_step[d] = 1;
+  }
+  return g;
+}
+
 // The taps and the slice of channels that one panel holds.
 struct Slice {
   int64_t tap0, tap1, c0, c1;

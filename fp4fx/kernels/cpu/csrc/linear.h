@@ -15,19 +15,8 @@ static void linear_gemm(const Linear& a, const Pool& pool) {
   Scratch staged(direct ? 0 : a.m * row_bytes);
   if (!direct) Operands<Op>::stage(rows, a.m, 1, (char*)staged.data, pool);
   const Tap tap{{0, 0, 0}, 0};
-  Gather g{};
-  g.x = direct ? (const char*)a.x : (const char*)staged.data;
-  g.pixel = row_bytes;
-  g.batch = 1;
-  for (int d = 0; d < 3; ++d) {
-    g.in[d] = g.count[d] = g.out[d] = d == 2 ? a.m : 1;
-    g.step[d] = g.out_step[d] = 1;
-    g.out_start[d] = 0;
-  }
-  g.channels = round_up(a.w.k, Op::kValues);
-  g.groups = g.n_taps = 1;
-  g.taps = &tap;
-  gemm<Op>(g, a.w, columns_of(a), pool);
+  const char* x = direct ? (const char*)a.x : (const char*)staged.data;
+  gemm<Op>(line_of(x, row_bytes, a.m, round_up(a.w.k, Op::kValues), 1, tap), a.w, columns_of(a), pool);
 }
 
 // Rows up to which decoding anew for every four of them is faster than a panel; with AMX assumed, not measured.

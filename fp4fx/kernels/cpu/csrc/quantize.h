@@ -204,7 +204,7 @@ static void quantize(const Quantize& q, const Pool& pool) {
           amax = found > amax ? found : amax;
         }
         uint8_t byte = scale_of(amax, poisoned, g);
-        if (q.rule == ScaleRule::search && !poisoned && amax > 0 && q.block_rows == 1)
+        if (q.rule == ScaleRule::search && !poisoned && amax > 0)
           byte = search(Block::of(q, row0, block), byte, g);
         const float scale = e4m3(byte) * g;
         for (int64_t row = row0; row < row1; ++row) {
