@@ -80,7 +80,7 @@ class Policy:
     of the policy. What is about the whole model (skip_first/last, include, exclude, on_fallback) cannot be changed."""
     scale_rule: ScaleRule = "max"
     """How the scale of a block is chosen. "max": block maximum / 6. "search": the one of least squared error among
-    those around it, a quarter less error for eight times the time of quantizing. "four_over_six" is not available yet."""
+    those around it, a quarter less error in eight times the time. "four_over_six" is not available yet."""
     block: Block = (1, 16)
     """(rows, columns) of weight that share one scale: (1, 16), or (16, 16) for training, so that W and Wᵀ agree."""
     compute: Compute = "bf16"
