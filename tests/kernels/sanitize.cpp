@@ -95,10 +95,11 @@ void expect(bool good, const Tier& tier, const char* what, int64_t a, int64_t b,
 void expect_close(const Tier& tier, const char* what, const Conv& c, int64_t count,
                   const std::vector<naive::Value>& wanted) {
   const double operands = c.compute == Compute::fp32 ? 0x1p-16 : c.compute == Compute::bf16 ? 0x1p-7 : 0x1p-6;
+  const double least = c.compute == Compute::int8 ? c.w.k * 1.5 * 1.5 / 127 : 0;  // relative to the largest of a row
   const double rounding = c.dtype == DType::f32 ? 0x1p-20 : c.dtype == DType::f16 ? 0x1p-10 : 0x1p-8;
   for (int64_t i = 0; i < count; ++i) {
     const double found = naive::load(c.y, c.dtype, i), error = std::fabs(found - wanted[i].value);
-    const bool good = error <= 1.2 * operands * wanted[i].magnitude + rounding * std::fabs(wanted[i].value) + 1e-6;
+    const bool good = error <= 1.2 * operands * wanted[i].magnitude + least + rounding * std::fabs(wanted[i].value) + 1e-6;
     if (!good || i + 1 == count) {
       expect(good, tier, what, c.batch, c.w.n, c.w.k, found, wanted[i].value);
       return;

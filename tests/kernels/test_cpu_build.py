@@ -173,6 +173,14 @@ def run(script, **environment):
     return done.stdout
 
 
+@pytest.mark.parametrize("name", [name for name in build.TIERS if name not in build.tiers()])
+def test_the_compiler_takes_the_tiers_of_other_processors(name, cpu_ops, tmp_path):
+    """To the object file: an assembler has the last word on instructions."""
+    build._run(
+        [*build._command(), *build._tier_flags(name), "-c", str(build.SOURCES / "tier.cpp"), "-o", str(tmp_path / "o")]
+    )
+
+
 def test_the_objects_of_tiers_share_no_function(cpu_ops, tmp_path):
     """The linker keeps one of several weak definitions: it could be that of an instruction set which is not there."""
     nm = shutil.which("nm")

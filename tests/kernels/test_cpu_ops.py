@@ -135,7 +135,12 @@ def test_epilogues(tier, dtype):
 def test_conv_is_the_body_in_fp64(tier, case):
     shape, weight, *geometry = case
     w, bias = packed(weight, "conv", geometry[-1]), torch.randn(weight[0])
-    for dtype, compute in ((torch.float32, "bf16"), (torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+    for dtype, compute in (
+        (torch.float32, "bf16"),
+        (torch.float32, "fp32"),
+        (torch.bfloat16, "bf16"),
+        (torch.float16, "int8"),
+    ):
         x = torch.randn(shape).to(dtype)
         args = (*w, bias, shape[1], weight[2:], *geometry)
         check("conv", tier, (x, *args), compute)
@@ -151,7 +156,12 @@ def test_conv_transpose_is_the_body_in_fp64(tier, case):
     shape, weight, *geometry = case
     w = packed(weight, "conv_transpose", geometry[-1])
     bias = torch.randn(weight[1] * geometry[-1])
-    for dtype, compute in ((torch.float32, "bf16"), (torch.float32, "fp32"), (torch.float16, "bf16")):
+    for dtype, compute in (
+        (torch.float32, "bf16"),
+        (torch.float32, "fp32"),
+        (torch.float16, "bf16"),
+        (torch.bfloat16, "int8"),
+    ):
         x = torch.randn(shape).to(dtype)
         args = (*w, bias, shape[1], weight[2:], *geometry)
         check("conv_transpose", tier, (x, *args), compute)
@@ -173,6 +183,69 @@ def test_a_packed_activation(tier):
         y = torch.ops.fp4fx_cpu.conv(x, *args, torch.float32, tier=tier)
         reference = ops.conv(x, *args, torch.float64)
         assert strides(y) == strides(reference) and error(y, reference) < limit(torch.float32, "bf16")
+
+
+# --- int8 ------------------------------------------------------------------------------------------------------------
+
+INT8 = ("amx", "avx512_bf16", "amx_emulated")
+"""The tiers that multiply integers; the others compute in fp32."""
+
+
+def int8_linear(x, packed, scale, g):
+    """What compute="int8" says of more than 8 rows: every row of x to int8, W to int8 in slices of 4096 values."""
+    codes, blocks = nvfp4.decode_e2m1(nvfp4.unpack(packed)) * 2, nvfp4.decode_e4m3(scale)
+    to_int = torch.where(x.abs().amax(1, keepdim=True) > 0, 127 / x.abs().amax(1, keepdim=True), 0)
+    xq, y = (x.double() * to_int.double()).round(), torch.zeros(x.shape[0], packed.shape[0], dtype=torch.float64)
+    for k in range(0, x.shape[1], 4096):
+        c, s = codes[:, k : k + 4096], blocks[:, k // 16 : (k + 4096) // 16]
+        most = s.amax(1, keepdim=True)
+        fraction = (s * torch.where(most > 0, 32767 / most, 0)).round().long().repeat_interleave(16, 1)
+        w = (((c.long() * 2688 * fraction + 2**14) >> 15) + 128) >> 8
+        w = w[:, : x.shape[1] - k].double() * (most / 21 * 32768 / 32767)
+        y += xq[:, k : k + 4096] @ w.T
+    return y * x.abs().amax(1, keepdim=True).double() / 127 * g.double()
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(9, 48, 20), (33, 4096 + 80, 70), (64, 250, 16)])
+def test_int8_products_are_those_of_the_rounded_operands(tier, m, k, n):
+    if tier not in INT8:
+        pytest.skip("no integer products")
+    x = torch.randn(m, k) * torch.logspace(-3, 3, m)[:, None]
+    x[1] = 0
+    w = list(packed((n, k)))
+    w[1] = w[1].clone()
+    w[1][3] = 0
+    y = torch.ops.fp4fx_cpu.linear(x, *w, None, k, compute="int8", tier=tier)
+    expected = int8_linear(x, *w)
+    assert (y[1] == 0).all() and (y[:, 3] == 0).all()
+    assert all(error(a, b) < 1e-6 for i, (a, b) in enumerate(zip(y, expected, strict=True)) if i != 1)
+    same = torch.ops.fp4fx_cpu.conv(  # rows as pixels
+        x.T.reshape(1, k, 1, m), *w, None, k, (1, 1), [1, 1], [0, 0], [1, 1], 1, compute="int8", tier=tier
+    )
+    assert torch.equal(same[0, :, 0].T, y)
+
+
+def test_int8_of_an_infinity_is_nan_in_its_row_or_image_only(tier):
+    if tier not in INT8:
+        pytest.skip("no integer products")
+    x = torch.randn(10, 32)
+    x[3, 5] = float("inf")
+    y = torch.ops.fp4fx_cpu.linear(x, *packed((7, 32)), None, 32, compute="int8", tier=tier)
+    assert torch.equal(y.isnan().all(1), torch.arange(10) == 3) and torch.equal(y.isnan().any(1), y.isnan().all(1))
+    images = torch.randn(3, 16, 6, 6)
+    images[1, 2, 3, 4] = float("nan")
+    geometry = (16, (3, 3), [1, 1], [1, 1], [1, 1], 1)
+    y = torch.ops.fp4fx_cpu.conv(images, *packed((7, 16, 3, 3), "conv"), None, *geometry, compute="int8", tier=tier)
+    assert [image.isnan().any().item() for image in y] == [False, True, False]
+
+
+def test_int8_pads_images_with_zeros_that_cost_no_accuracy(tier):
+    if tier not in INT8:
+        pytest.skip("no integer products")
+    for padding in (1, 3):  # of 3, whole tiles read nothing, and some rows of others
+        x, w = torch.ones(2, 32, 3, 3), ops.quantize(torch.full((5, 32, 3, 3), 3.0), None, "conv")
+        args = (x, *w, None, 32, (3, 3), [1, 1], [padding, padding], [1, 1], 1)
+        assert error(torch.ops.fp4fx_cpu.conv(*args, compute="int8", tier=tier), ops.conv(*args).double()) < 1e-4
 
 
 ORDERS = [

@@ -10,7 +10,7 @@ namespace FP4FX_TIER {
 template <class Op>
 static void unfold(const Conv& c, const char* x, int64_t pixel, char* out, const Pool& pool) {
   const int64_t each = c.cin / c.groups, k = volume(c.kernel) * each, padded = round_up(k, Op::kValues);
-  const int64_t size = size_of(Op::kDType), rows = c.batch * volume(c.out);
+  const int64_t size = Operands<Op>::kBytes, rows = c.batch * volume(c.out);
   const int64_t pieces = smaller(rows, 4 * pool.threads);
   parallel(pool, pieces, [&](int64_t piece) {
     for (int64_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; ++row) {
@@ -28,9 +28,9 @@ static void unfold(const Conv& c, const char* x, int64_t pixel, char* out, const
             at = at * c.in[d] + i;
           }
           if (inside) std::memcpy(to, x + at * pixel + g * each * size, each * size);
-          else std::memset(to, 0, each * size);
+          else std::memset(to, Op::kZero, each * size);
         }
-        std::memset(to, 0, (padded - k) * size);
+        std::memset(to, Op::kZero, (padded - k) * size);
       }
     }
   });
@@ -42,12 +42,13 @@ struct Phase {
 };
 
 template <class Op>
-static void gather(const Conv& c, const char* x, int64_t pixel, int64_t channels, const Pool& pool) {
+static void gather(const Conv& c, const Operands<Op>& x, int64_t channels, const Pool& pool) {
   const int64_t each = c.cin / c.groups;
   Scratch memory(volume(c.kernel) * sizeof(Tap));
   Tap* taps = (Tap*)memory.data;
   Gather g{};
-  g.x = x, g.pixel = pixel, g.batch = c.batch, g.channels = channels, g.groups = c.groups, g.taps = taps;
+  g.x = x.data(), g.pixel = x.row_bytes, g.batch = c.batch, g.channels = channels, g.groups = c.groups, g.taps = taps;
+  g.factors = x.factors(), g.rows_per_factor = volume(c.out);
   for (int d = 0; d < 3; ++d) {
     g.in[d] = c.in[d], g.out[d] = c.out[d];
     g.step[d] = c.transposed ? 1 : c.stride[d];
@@ -89,20 +90,16 @@ static void conv_with(const Conv& c, const Pool& pool) {
   const bool whole = each % Op::kValues == 0;
   // Few channels make short inner loops, and an odd number of them a pair across two taps.
   const bool unfolded = !c.transposed && taps > 1 && (each < 8 || !whole);
-  const bool direct = Operands<Op>::direct(rows) && whole;
-  const int64_t groups = unfolded ? 1 : c.groups;
-  Rows padded = rows;
-  const int64_t pixel = direct ? c.cin * size_of(c.dtype) : Operands<Op>::bytes(padded, groups);
-  Scratch staged(direct ? 0 : pixels * pixel);
-  if (!direct) Operands<Op>::stage(rows, pixels, groups, (char*)staged.data, pool);
-  const char* x = direct ? (const char*)c.x : (const char*)staged.data;
-  if (!unfolded) return gather<Op>(c, x, pixel, round_up(each, Op::kValues), pool);
-  const int64_t k = round_up(taps * each, Op::kValues), patch = c.groups * k * size_of(Op::kDType);
-  Scratch patches(c.batch * volume(c.out) * patch);
-  unfold<Op>(c, x, pixel, (char*)patches.data, pool);
-  const Tap tap{{0, 0, 0}, 0};
+  const Operands<Op> x(rows, pixels, unfolded ? 1 : c.groups, volume(c.in), pool);
+  if (!unfolded) return gather<Op>(c, x, round_up(each, Op::kValues), pool);
+  const int64_t k = round_up(taps * each, Op::kValues), patch = c.groups * k * Operands<Op>::kBytes;
   const int64_t pixels_of_y = c.batch * volume(c.out);
-  gemm<Op>(line_of((const char*)patches.data, patch, pixels_of_y, k, c.groups, tap), c.w, columns_of(c), pool);
+  Scratch patches(pixels_of_y * patch);
+  unfold<Op>(c, x.data(), x.row_bytes, (char*)patches.data, pool);
+  const Tap tap{{0, 0, 0}, 0};
+  Gather g = line_of((const char*)patches.data, patch, pixels_of_y, k, c.groups, tap);
+  g.factors = x.factors(), g.rows_per_factor = volume(c.out);
+  gemm<Op>(g, c.w, columns_of(c), pool);
 }
 
 // Every pixel by itself.
@@ -118,8 +115,10 @@ static void conv(const Conv& c, const Pool& pool) {
     const int64_t pixels = c.batch * volume(c.in);
     return linear({c.x, c.x_scales, c.x_global_scale, c.dtype, pixels, c.cin, c.w, c.epilogue, c.compute, c.y}, pool);
   }
-  const bool odd = c.cin / c.groups % 2 && c.transposed && volume(c.kernel) > 1;
-  if (c.compute == Compute::fp32 || odd) return conv_with<OpF32>(c, pool);
+  // A step must not reach from one tap into the next.
+  const int64_t step = c.transposed && volume(c.kernel) > 1 ? c.cin / c.groups : 4;
+  if (c.compute == Compute::fp32 || step % OpBf16::kValues) return conv_with<OpF32>(c, pool);
+  if (c.compute == Compute::int8 && step % OpInt8::kValues == 0) return conv_with<OpInt8>(c, pool);
   conv_with<OpBf16>(c, pool);
 }
 

@@ -20,16 +20,21 @@ constexpr int kRegisterRows = 6, kTileN = 2;  // 12, 2 and one of x, of 16
 #endif
 
 // How operands are multiplied. A step is four bytes of a row of x and, of a panel, one vector: fp32 values of kLanes rows
-// of W, or pairs of bf16 values. `put_block` writes the steps of one block of 16 values of kLanes rows, whose codes are
-// 8 to a lane; its scales are byte `b` of the lanes of `scales`.
+// of W, pairs of bf16 values, or fours of int8. `put_block` writes the steps of one block of 16 values of kLanes rows,
+// whose codes are 8 to a lane; its scales are byte `b` of the lanes of `scales`.
 struct OpF32 {
   static constexpr int kValues = 1;  // per step
   static constexpr int kTileM = kRegisterRows;
+  static constexpr bool kInteger = false;
+  static constexpr int kZero = 0;  // every byte of a zero
   static constexpr DType kDType = DType::f32;
+  struct RowScale {};  // what `put_block` needs of kLanes whole rows
+  // Of rows from n0 on whose values [k0, k1) make a panel, and the factor that takes its sums back.
+  FP4FX_INLINE RowScale row_scale(const Packed&, int64_t, int64_t, int64_t, vf*) { return {}; }
   FP4FX_INLINE vf multiply_add(vf acc, vi w, vi x) { return acc + (vf)x * (vf)w; }
   FP4FX_INLINE bool ordinary(vu) { return true; }
   template <bool>
-  FP4FX_INLINE void put_block(vi codes0, vi codes1, vu scales, int b, int32_t* panel) {
+  FP4FX_INLINE void put_block(const RowScale&, vi codes0, vi codes1, vu scales, int b, int32_t* panel) {
     const vf scale = e4m3((vi)(scales >> (8 * b) & 0xff));
 #pragma GCC unroll 16
     for (int k = 0; k < 16; ++k)
@@ -38,10 +43,20 @@ struct OpF32 {
 };
 
 #if defined(__AVX512BF16__)
+// Eight bits from bit `low` of every lane in its lower half, from bit `high` in its upper half; the rest undefined.
+FP4FX_INLINE __m512i pick(vu v, int64_t low, int64_t high) {
+  const int64_t lane = low | high << 16;
+  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(lane | (lane + 0x00200020) << 32), (__m512i)v);
+}
+
 struct OpBf16 {
   static constexpr int kValues = 2;
   static constexpr int kTileM = kAmx ? 32 : kRegisterRows;
+  static constexpr bool kInteger = false;
+  static constexpr int kZero = 0;
   static constexpr DType kDType = DType::bf16;
+  struct RowScale {};
+  FP4FX_INLINE RowScale row_scale(const Packed&, int64_t, int64_t, int64_t, vf*) { return {}; }
   FP4FX_INLINE vf multiply_add(vf acc, vi w, vi x) {
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
   }
@@ -54,7 +69,7 @@ struct OpBf16 {
   // multiplication: the magnitude is 4s or 6s with its exponent lowered by up to 3, which a saturating subtraction does,
   // to zero if asked.
   template <bool Ordinary>
-  FP4FX_INLINE void put_block(vi codes0, vi codes1, vu scales, int b, int32_t* panel) {
+  FP4FX_INLINE void put_block(const RowScale&, vi codes0, vi codes1, vu scales, int b, int32_t* panel) {
     if (!Ordinary) {
       const vf scale = e4m3((vi)(scales >> (8 * b) & 0xff));
       for (int pair = 0; pair < 8; ++pair) {
@@ -86,20 +101,78 @@ struct OpBf16 {
       store_i(panel + pair * kLanes, (vi)_mm512_ternarylogic_epi32(magnitude, t, sign, 0xf8));
     }
   }
-  // Eight bits from bit `low` of every lane in its lower half, from bit `high` in its upper half; the rest undefined.
-  FP4FX_INLINE __m512i pick(vu v, int64_t low, int64_t high) {
-    const int64_t lane = low | high << 16;
-    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(lane | (lane + 0x00200020) << 32), (__m512i)v);
+};
+
+// int8 for VNNI: x plus 128, which the panel takes back, and W rounded anew with one scale for what a panel holds of a
+// row, which is then as good as eight bits get.
+struct OpInt8 {
+  static constexpr int kValues = 4;
+  static constexpr int kTileM = kAmx ? 32 : kRegisterRows;
+  static constexpr bool kInteger = true;
+  static constexpr int kZero = 128;
+  static constexpr DType kDType = DType::f32;  // before it is rounded
+  static constexpr int kUnit = 2688;  // of half a code, 10.5 in int8: of the largest scale 1, 2, 3, 4 and 6 are exact
+  struct RowScale {
+    vf fraction;  // of the largest scale, times 2^15 - 1
+  };
+  FP4FX_INLINE vf multiply_add(vf acc, vi w, vi x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));  // of the intrinsic GCC 12 makes copies and spills them
+    return acc;
+  }
+  FP4FX_INLINE bool ordinary(vu scales) { return OpBf16::ordinary(scales); }
+  FP4FX_INLINE RowScale row_scale(const Packed& w, int64_t n0, int64_t k0, int64_t k1, vf* factor) {
+    const int64_t from = k0 / 16, to = (k1 + 15) / 16;
+    vi largest{};
+    for (int r = 0; r < kLanes; ++r) {
+      const uint8_t* scales = w.scales + smaller(n0 + r, w.n - 1) * w.blocks();
+      __m512i most = _mm512_setzero_si512();
+      for (int64_t b = from; b < to; b += 64)
+        most = _mm512_max_epu8(most, _mm512_and_si512((__m512i)load_bytes(scales + b, smaller(64, to - b)),
+                                                      _mm512_set1_epi8(0x7f)));
+      __m256i m = _mm256_max_epu8(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
+      __m128i s = _mm_max_epu8(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+      s = _mm_max_epu8(s, _mm_srli_si128(s, 8)), s = _mm_max_epu8(s, _mm_srli_si128(s, 4));
+      s = _mm_max_epu8(s, _mm_srli_si128(s, 2)), s = _mm_max_epu8(s, _mm_srli_si128(s, 1));
+      largest[r] = _mm_cvtsi128_si32(s) & 0xff;
+    }
+    const vf scale = e4m3(largest);  // a NaN makes all of its row NaN
+    *factor = scale * (256.f / (2 * OpInt8::kUnit) * (32768.f / 32767.f));
+    return {scale > 0.f ? 32767.f / scale : splat(0)};
+  }
+
+  template <bool Ordinary>
+  FP4FX_INLINE void put_block(const RowScale& rows, vi codes0, vi codes1, vu scales, int b, int32_t* panel) {
+    const vi byte = (vi)(scales >> (8 * b) & 0x7f);
+    const vf scale = Ordinary ? (vf)((byte << 20) + (120 << 23)) : e4m3(byte);
+    const __m512i low = _mm512_cvtps_epi32((__m512)(scale * rows.fraction));
+    const __m512i fraction = _mm512_or_si512(low, _mm512_slli_epi32(low, 16));
+    constexpr short u = kUnit;
+    const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(0, u, 2 * u, 3 * u, 4 * u, 6 * u, 8 * u, 12 * u, 0, -u,
+                                                                   -2 * u, -3 * u, -4 * u, -6 * u, -8 * u, -12 * u));
+    const __m512i half = _mm512_set1_epi16(128), upper = _mm512_set1_epi16((short)0xff00);
+#pragma GCC unroll 4
+    for (int four = 0; four < 4; ++four) {
+      const vu v = (vu)(four < 2 ? codes0 : codes1);
+      const int at = 16 * (four % 2);
+      __m512i even = _mm512_permutexvar_epi16(pick(v, at, at + 8), table);
+      __m512i odd = _mm512_permutexvar_epi16(pick(v, at + 4, at + 12), table);
+      even = _mm512_add_epi16(_mm512_mulhrs_epi16(even, fraction), half);  // int8 is the upper byte
+      odd = _mm512_add_epi16(_mm512_mulhrs_epi16(odd, fraction), half);
+      // even >> 8 | (odd & upper)
+      store_i(panel + four * kLanes, (vi)_mm512_ternarylogic_epi32(_mm512_srli_epi16(even, 8), odd, upper, 0xf8));
+    }
   }
 };
 #else
 typedef OpF32 OpBf16;
+typedef OpF32 OpInt8;  // without VNNI, products of bytes are no faster
 #endif
 
 // Values [k0, k1) of kLanes rows from row n0 on; k0 a multiple of 16. Rows behind the last repeat it. The panel has to
 // hold whole blocks.
 template <class Op>
-static void decode_rows(const Packed& w, int64_t n0, int64_t k0, int64_t k1, int32_t* panel) {
+static void decode_rows(const Packed& w, int64_t n0, int64_t k0, int64_t k1, const typename Op::RowScale& rows,
+                        int32_t* panel) {
   const int64_t blocks = w.blocks(), end = (k1 + 15) / 16;
   constexpr int kBlocks = kLanes / 2;  // per vector of codes
   constexpr int64_t kStep = 16 / Op::kValues * kLanes;
@@ -129,11 +202,11 @@ static void decode_rows(const Packed& w, int64_t n0, int64_t k0, int64_t k1, int
         if (__builtin_expect(ordinary && whole, 1)) {
 #pragma GCC unroll 4
           for (int b = 0; b < 4; ++b)
-            Op::template put_block<true>(c[8 * quad + 2 * b], c[8 * quad + 2 * b + 1], s, b,
+            Op::template put_block<true>(rows, c[8 * quad + 2 * b], c[8 * quad + 2 * b + 1], s, b,
                                          panel + (4 * quad + b) * kStep);
         } else {
           for (int b = 0; b < 4 && block + 4 * quad + b < stop; ++b)
-            Op::template put_block<false>(c[8 * quad + 2 * b], c[8 * quad + 2 * b + 1], s, b,
+            Op::template put_block<false>(rows, c[8 * quad + 2 * b], c[8 * quad + 2 * b + 1], s, b,
                                           panel + (4 * quad + b) * kStep);
         }
       }

@@ -214,7 +214,7 @@ static void dot_tile(const Packed& w, int64_t n0, int64_t rows, const char* x, i
   for (; r < rows; ++r) dot_rows<Dot, 1, M>(w, n0 + r, x, x_stride, (float(*)[16])(&out[0][r]));
   int64_t to[M];
   for (int m = 0; m < M; ++m) to[m] = m0 + m;
-  Columns::finish(columns, out[0], 16, to, M, n0, rows);
+  Columns::finish(columns, out[0], 16, to, nullptr, M, n0, rows);
 }
 
 template <class Dot>

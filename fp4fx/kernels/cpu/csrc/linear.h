@@ -9,14 +9,11 @@ namespace FP4FX_TIER {
 
 template <class Op>
 static void linear_gemm(const Linear& a, const Pool& pool) {
-  const Rows rows = rows_of(a);
-  const bool direct = Operands<Op>::direct(rows);
-  const int64_t row_bytes = direct ? a.x_stride * size_of(a.dtype) : Operands<Op>::bytes(rows, 1);
-  Scratch staged(direct ? 0 : a.m * row_bytes);
-  if (!direct) Operands<Op>::stage(rows, a.m, 1, (char*)staged.data, pool);
+  const Operands<Op> x(rows_of(a), a.m, 1, 1, pool);
   const Tap tap{{0, 0, 0}, 0};
-  const char* x = direct ? (const char*)a.x : (const char*)staged.data;
-  gemm<Op>(line_of(x, row_bytes, a.m, round_up(a.w.k, Op::kValues), 1, tap), a.w, columns_of(a), pool);
+  Gather g = line_of(x.data(), x.row_bytes, a.m, round_up(a.w.k, Op::kValues), 1, tap);
+  g.factors = x.factors(), g.rows_per_factor = 1;
+  gemm<Op>(g, a.w, columns_of(a), pool);
 }
 
 // Rows up to which decoding anew for every four of them is faster than a panel; with AMX assumed, not measured.
@@ -26,7 +23,7 @@ static void linear(const Linear& a, const Pool& pool) {
   if (a.m == 0 || a.w.n == 0) return;
   const bool few = a.m <= kGemvRows;
   if (a.compute == Compute::fp32) return few ? gemv<DotF32>(a, pool) : linear_gemm<OpF32>(a, pool);
-  if (few && a.compute == Compute::int8) return gemv<DotInt8>(a, pool);
+  if (a.compute == Compute::int8) return few ? gemv<DotInt8>(a, pool) : linear_gemm<OpInt8>(a, pool);
   return few ? gemv<DotBf16>(a, pool) : linear_gemm<OpBf16>(a, pool);
 }
 
