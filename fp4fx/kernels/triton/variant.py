@@ -1,0 +1,29 @@
+"""One specialisation of a kernel, as ahead-of-time compilation needs it spelled out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What `triton.compile` is told about one kernel."""
+
+    name: str
+    """Unique in its module: the kernel, its operands, its tile."""
+    kernel: Any
+    """The `@triton.jit` function."""
+    signature: Mapping[str, str]
+    """Every argument in order: "*bf16", "*u8", "*fp32", "i32", ... or "constexpr"."""
+    constants: Mapping[str, Any]
+    """The constexpr arguments."""
+    aligned: tuple[str, ...] = ()
+    """Arguments that are multiples of 16: pointers, strides."""
+    num_warps: int = 4
+    num_stages: int = 3
+    matrix: Mapping[int, str] = field(default_factory=dict)
+    """The matrix instruction that has to be in the PTX, by target (80, 90, 100, 120); a target that is missing needs none."""
+    targets: tuple[int, ...] = (80, 90, 100, 120)
+    """Those it is for."""
