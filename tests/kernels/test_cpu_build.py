@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,53 @@ def test_where_nothing_can_be_cached_it_is_built_for_the_process(compiler, monke
         assert path.exists() and occupied not in path.parents
         assert "for this process only" in caplog.text
         shutil.rmtree(path.parent)
+
+
+def aged(path, days):
+    """The file, as if last used so many days ago."""
+    then = time.time() - days * 86400
+    os.utime(path, (then, then))
+    return path
+
+
+def test_a_build_removes_what_was_not_used_for_a_month(compiler):
+    first = build.library()
+    cache = first.parent
+    killed = cache / "build-killed"
+    killed.mkdir()
+    (killed / "half.o").write_text("")
+    (cache / "failed.log").write_text("")
+    others = [cache / name for name in ("notes.txt", "lock")]
+    others[0].write_text("not of this build")
+    for path in cache.iterdir():
+        aged(path, 31)
+    compiler.write(version=2)
+    second = build.library()
+    kept = {path.name for path in cache.iterdir()}
+    assert kept == {second.name, *(path.name for path in others), *(path.name for path in cache.glob("*.o"))}
+    assert len(list(cache.glob("*.o"))) == EVERYTHING - 1, "the objects of the second build alone"
+
+
+def test_what_was_used_since_stays(compiler, monkeypatch, tmp_path):
+    """A library is used by asking for it, with a compiler or without, and an object by linking it."""
+    first = build.library()
+    cache = first.parent
+    young = cache / "young.so"
+    young.write_text("")
+    for path in cache.iterdir():
+        aged(path, 29 if path == young else 31)
+    assert build.library() == first
+    copy = tmp_path / "csrc"
+    shutil.copytree(build.SOURCES, copy)
+    monkeypatch.setattr(build, "SOURCES", copy)
+    (copy / "dispatch.cpp").write_text("// other\n")
+    second = build.library()
+    assert set(cache.glob("*.so")) == {first, second, young}
+    assert len(list(cache.glob("*.o"))) == EVERYTHING - 1, "all are linked into the second but the first's dispatch"
+
+    aged(second, 31)
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    assert build.library() == second and time.time() - second.stat().st_mtime < 3600
 
 
 def test_it_is_not_built_unless_asked(compiler):

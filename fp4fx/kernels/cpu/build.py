@@ -1,12 +1,14 @@
 """Compiles the CPU kernels with the machine's C++ compiler: once, into the user's cache, offline.
 
 A library's name says what it was made from (sources, flags, torch, instruction sets, compiler), so a change of any of
-them makes another one. Objects are kept under such names too: what has not changed is not compiled again.
+them makes another one. Objects are kept under such names too: what has not changed is not compiled again. The time of a
+file is that of its last use, and a build removes what was not used for a month.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -54,6 +56,8 @@ _TIER = (*_COMMON, "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math")
 _TORCH = (*_COMMON, "-std=c++20", "-O2", "-fopenmp")
 _RETRY = 24 * 3600.0
 """Seconds after which a compiler that failed is tried again."""
+_KEPT = 30 * 24 * 3600.0
+"""Seconds after which a file of the cache that was not used is removed."""
 
 
 def tiers() -> tuple[str, ...]:
@@ -76,12 +80,12 @@ def library(*, build: bool = True) -> Path:
     cache = _cache()
     if compiler is None:  # there may have been one when the cache was filled
         built = sorted(cache.glob(f"{base}-*.so")) if cache is not None else []
-        path = next((path for path in built if _intact(path)), None)
+        path = next((path for path in built if _used(path) and _intact(path)), None)
         if path is None:
             raise KernelError(f"no C++ compiler found: {_command()[0]!r} is not there; install g++ or set CXX")
         return path
     name = f"{base}-{_digest(*compiler)}.so"
-    if cache is not None and _intact(cache / name):
+    if cache is not None and _used(cache / name) and _intact(cache / name):
         return cache / name
     if not build:
         raise KernelError("the CPU kernels are not built yet")
@@ -91,6 +95,7 @@ def library(*, build: bool = True) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds the library
             if not _intact(path):
                 _build(path)
+                _prune(path.parent)
     except OSError as error:
         raise KernelError(f"the CPU kernels cannot be built in {path.parent}: {error}") from error
     return path
@@ -120,6 +125,32 @@ def _writable(cache: Path | None) -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     log.warning("the CPU kernels are built for this process only: %s; set XDG_CACHE_HOME to keep them", reason)
     return folder
+
+
+def _used(path: Path) -> bool:
+    """Whether a file is there; its time becomes now, before anything else, so that no build removes it."""
+    if not path.exists():
+        return False
+    with contextlib.suppress(OSError):  # somebody else's file, or a cache that cannot be written
+        os.utime(path)
+    return True
+
+
+def _prune(cache: Path) -> None:
+    """Remove what no process has used for long, and what builds that were killed left; under the lock.
+
+    Whoever has loaded such a library keeps it: its memory outlives its name.
+    """
+    oldest = time.time() - _KEPT
+    for path in (path for pattern in ("*.so", "*.o", "*.log", "build-*") for path in cache.glob(pattern)):
+        with contextlib.suppress(OSError):  # somebody else's file
+            if path.stat().st_mtime >= oldest:
+                continue
+            log.info("removing %s, which was not used for %.0f days", path, _KEPT / 86400)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _digest(*parts: str | bytes) -> str:
@@ -229,7 +260,7 @@ def _object(path: Path, work: Path, source: str, flags: Sequence[str]) -> Path:
     used = _contents(source, "*.h" if source == "tier.cpp" else "api.h")
     compiler = path.stem.partition("-")[2]
     kept = path.parent / f"{Path(source).stem}-{_digest(*used, *flags, torch.__version__, compiler)}.o"
-    if not kept.exists():
+    if not _used(kept):
         new = work / kept.name
         _run([*_command(), *flags, "-c", str(SOURCES / source), "-o", str(new)])
         new.replace(kept)
