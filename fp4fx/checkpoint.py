@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from fp4fx.errors import CheckpointError, PlanError
 from fp4fx.fields import read
-from fp4fx.nvfp4 import E4M3_NAN
-from fp4fx.packed import INPUT_SCALE, PARTS, Packed, plan_of
+from fp4fx.packed import INPUT_SCALE, PARTS, Packed, odd_scale, plan_of
 from fp4fx.plan import Plan
 from fp4fx.quantize import apply
 
@@ -271,10 +270,9 @@ def _check_tensor(where: str, module: nn.Module, attribute: str, expected: Tenso
     both_float = found.is_floating_point() and expected.is_floating_point()
     if found.dtype != expected.dtype and (part or not both_float):
         raise _error(where, found.dtype, expected.dtype, DAMAGED if part else REBUILD)
-    if part == "scale" and found.numel():
-        low, high = (int(bound) for bound in found.aminmax())
-        if low < 1 or high >= E4M3_NAN:
-            raise _error(where, f"bytes {low:#04x} to {high:#04x}", "positive E4M3 numbers, 0x01 to 0x7e", DAMAGED)
+    odd = odd_scale(found, least=1) if part == "scale" else None
+    if odd is not None:
+        raise _error(where, odd, "positive E4M3 numbers, 0x01 to 0x7e", DAMAGED)
     if part == "global_scale" and not 0 < found.item() < torch.inf:
         raise _error(where, found.item(), "a positive finite number", DAMAGED)
 

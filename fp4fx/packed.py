@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4fx import nvfp4, ops  # noqa: F401  (ops defines torch.ops.fp4fx)
-from fp4fx.errors import PlanError
+from fp4fx.errors import CheckpointError, PlanError
 from fp4fx.kernels.cpu import library
 from fp4fx.policy import Compute
 from fp4fx.site import Order
@@ -87,7 +87,16 @@ class Packed(nn.Module):
         self.nvfp4 = {**self.nvfp4, name: spec}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Accept a dense value in place of the packed one: a checkpoint of the original model loads and is encoded."""
+        """Accept a dense value in place of the packed one: a checkpoint of the original model loads and is encoded.
+
+        Raises:
+            CheckpointError: scales that kernels do not read as the definition does; nothing of this module has changed.
+        """
+        for scale in (f"{prefix}{name}_scale" for name in self.nvfp4):
+            odd = odd_scale(state_dict.get(scale))
+            if odd is not None:
+                todo = "it is damaged or not fp4fx's: load what fp4fx wrote, or the dense values, which are encoded"
+                raise CheckpointError(f"{scale}: found {odd}, expected E4M3 bytes from 0x00 to 0x7e; {todo}")
         for name, spec in self.nvfp4.items():
             dense = state_dict.get(prefix + name)
             if isinstance(dense, Tensor) and tuple(dense.shape) == spec.shape:
@@ -201,6 +210,21 @@ def encode(dense: Tensor, spec: PackedSpec, path: str) -> tuple[nvfp4.NVFP4, Pac
     if not dense.is_meta:
         sqnr = nvfp4.sqnr(dense, nvfp4.dequantize(q, torch.float32))
     return q, replace(spec, sqnr=sqnr)
+
+
+def odd_scale(scale: Any, least: int = 0) -> str | None:
+    """The first of the scale bytes u8 [N, blocks] with a sign, a NaN, or below `least`, in words; None if all are good.
+
+    Anything that is not a tensor with bytes of its own (on meta, fake, distributed) has nothing to say.
+    """
+    plain = type(scale) in (Tensor, nn.Parameter) and not scale.is_meta
+    if not plain or scale.dtype != torch.uint8 or not scale.numel():
+        return None
+    low, high = scale.detach().aminmax()
+    if int(low) >= least and int(high) < nvfp4.E4M3_NAN:
+        return None
+    first = ((scale < least) | (scale >= nvfp4.E4M3_NAN)).nonzero()[0].tolist()
+    return f"byte {int(scale[tuple(first)]):#04x} at {first}"
 
 
 def pack(

@@ -107,7 +107,7 @@ def swap(name, change):
     return lambda tensors: tensors.update({name: change(tensors[name])})
 
 
-E4M3 = r"body\.weight_scale: found bytes .*expected positive E4M3 numbers.*damaged"
+E4M3 = r"body\.weight_scale: found byte {} at \[0, 0\], expected positive E4M3 numbers.*damaged"
 POSITIVE = "expected a positive finite number; the file is damaged"
 TENSORS = {
     "missing": (lambda t: t.pop("body.weight_scale"), r"missing tensors: body\.weight_scale, extra tensors: none"),
@@ -133,10 +133,10 @@ TENSORS = {
         r"float8_e4m3fn, expected torch.uint8",
     ),
     "global dtype": (swap("body.weight_global_scale", lambda t: t.half()), r"global_scale: found torch\.float16"),
-    "nan scale": (put("body.weight_scale", 0x7F), E4M3),
-    "-nan scale": (put("body.weight_scale", 0xFF), E4M3),
-    "zero scale": (put("body.weight_scale", 0), E4M3),
-    "negative scale": (put("body.weight_scale", 0xB8), E4M3),
+    "nan scale": (put("body.weight_scale", 0x7F), E4M3.format("0x7f")),
+    "-nan scale": (put("body.weight_scale", 0xFF), E4M3.format("0xff")),
+    "zero scale": (put("body.weight_scale", 0), E4M3.format("0x00")),
+    "negative scale": (put("body.weight_scale", 0xB8), E4M3.format("0xb8")),
     "nan": (put("body.weight_global_scale", torch.nan), rf"body\.weight_global_scale: found nan, {POSITIVE}"),
     "inf": (put("body.weight_global_scale", torch.inf), POSITIVE),
     "zero": (put("body.weight_global_scale", 0.0), POSITIVE),

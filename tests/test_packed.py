@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fp4fx
 from fp4fx.packed import Packed, class_for
@@ -97,6 +98,38 @@ def test_state_dict_loads_strictly_and_dense_values_are_encoded(layer):
         other.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "weight_scale"})
     with pytest.raises(RuntimeError, match="weight"):
         other.load_state_dict(nn.Linear(41, 8).state_dict())
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0x80, 0xB8, 0xFF])
+def test_scales_that_kernels_would_read_otherwise_are_refused_by_name(byte):
+    q = fp4fx.quantize(nn.Sequential(nn.Linear(40, 8), nn.Linear(8, 40)), ALL)
+    state = {name: value.clone() for name, value in q.state_dict().items()}
+    expected = {name: value.clone() for name, value in q[1].state_dict().items()}
+    state["1.weight_scale"][3, 0] = state["1.weight_scale"][5, 0] = byte
+    state["1.weight_packed"] += 1
+    for strict in (True, False):
+        with pytest.raises(
+            fp4fx.CheckpointError, match=rf"^1\.weight_scale: found byte {byte:#04x} at \[3, 0\], expected .*; it is"
+        ):
+            q.load_state_dict(state, strict=strict)
+    assert all(torch.equal(value, expected[name]) for name, value in q[1].state_dict().items())
+    assert q[1].nvfp4["weight"].sqnr is not None
+
+
+def test_other_scales_load_and_those_without_values_are_not_looked_at(layer):
+    state = layer.state_dict()
+    state["weight_scale"] = torch.arange(24, dtype=torch.uint8).view(8, 3)
+    state["weight_scale"][7, 2] = 0x7E
+    layer.load_state_dict(state)
+    assert torch.equal(layer.weight_scale, state["weight_scale"])
+
+    layer.load_state_dict({name: value.to("meta") for name, value in state.items()}, assign=True)
+    assert layer.weight_scale.is_meta
+    mode = FakeTensorMode()
+    fakes = {name: mode.from_tensor(value) for name, value in state.items()}
+    with mode:
+        layer.load_state_dict(fakes, assign=True)
+    assert isinstance(layer.weight_scale, FakeTensor)
 
 
 def test_assignment_encodes_in_place(layer):
