@@ -103,10 +103,14 @@ def test_products_read_every_code_and_scale(cpu_ops, tier):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embedding_gathers_rows(cpu_ops, tier, dtype):
-    table = nvfp4.quantize_rows(torch.randn(50, 37))
-    indices = torch.randint(0, 50, (4, 9))
-    expected = nvfp4.dequantize_rows(*table, 37, dtype)[indices]
-    assert same_bits(cpu_ops.embedding(indices, *table, 37, dtype, tier), expected)
+    for k in (1, 37, 64, 300, 1000):  # parts of a block, an odd number of blocks, more than a vector of scales
+        packed, scale, g = nvfp4.quantize_rows(many_magnitudes(50, k))
+        for factor in (1.0, 1e-38):  # and subnormal results
+            table = packed, scale, g * factor
+            dense = nvfp4.dequantize_rows(*table, k, dtype)
+            for indices in (torch.randint(0, 50, (4, 9)), torch.tensor(49), torch.tensor([], dtype=torch.int32)):
+                found = cpu_ops.embedding(indices, *table, k, dtype, tier)
+                assert same_bits(found, dense[indices.long()]), (k, factor, indices.shape)
 
 
 def test_rows_apart_and_misaligned(cpu_ops, tier):

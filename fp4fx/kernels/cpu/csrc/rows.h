@@ -22,9 +22,9 @@ FP4FX_INLINE vf values(const uint8_t* p) {
   __m512i v = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
   return e2m1((vi)_mm512_or_si512(v, _mm512_slli_epi64(v, 28)));
 #else
-  vi v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i / 2] >> (i % 2 * 4);
-  return e2m1(v);
+  uint32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return e2m1((vi)((vu{} + word) >> vu{0, 4, 8, 12, 16, 20, 24, 28}));
 #endif
 }
 
