@@ -33,6 +33,8 @@ class Request:
     groups: int = 1
     """Of a convolution, as its padding."""
     padding: tuple[int | torch.SymInt, ...] = ()
+    scale_rule: str = "max"
+    """Of a quantize."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,11 @@ class Target:
     features: frozenset[str]
     """Instruction sets of a CPU (`avx512_bf16`, `amx_int8`, ...), or the compute capability of a GPU (`sm_90`)."""
 
+    @property
+    def capability(self) -> int | None:
+        """The compute capability of an NVIDIA GPU, times ten: 90 on Hopper; None elsewhere."""
+        return next((int(f.removeprefix("sm_")) for f in self.features if f.startswith("sm_")), None)
+
 
 def target_of(device: torch.device) -> Target:
     """What is known about a device; a device type that is not known here has no features."""

@@ -64,7 +64,7 @@ def _request(node: Node, name: str, ctx: Context, *, frozen: bool) -> Request:
     result = result[0] if isinstance(result, tuple) else result
     first, operand = value(arguments(node)[0]), value(arguments(node)[_PACKED[name]])
     is_weight = _PACKED[name] == 1 and operand.dim() == 2
-    named = _named(node) if name in ("conv", "conv_transpose") else {}
+    named = _named(node)
     return Request(
         op=name,
         target=target_of(result.device),
@@ -76,6 +76,7 @@ def _request(node: Node, name: str, ctx: Context, *, frozen: bool) -> Request:
         gradient=needs_gradient(node),
         groups=named.get("groups", 1),
         padding=tuple(named.get("padding", ())),
+        scale_rule=named.get("scale_rule", "max"),
     )
 
 

@@ -1,0 +1,53 @@
+"""The ops `fp4fx_triton::*`: the kernels with the schemas and fakes of `fp4fx::*`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from fp4fx.capture import OpOverload
+from fp4fx.kernels.triton import OPS, conv, dequantize, linear, quantize
+from fp4fx.ops.library import Body
+from fp4fx.registry import Request
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_BODIES: dict[str, Body] = {
+    "conv": conv.conv,
+    "conv_transpose": conv.conv_transpose,
+    "dequantize": dequantize.dequantize,
+    "embedding": dequantize.embedding,
+    "linear": linear.linear,
+    "quantize": quantize.quantize,
+}
+
+
+def refuse(request: Request) -> str | None:
+    """What one op cannot do that the others can."""
+    if request.op in ("conv", "conv_transpose"):
+        return conv.refuse(request.groups, request.n, request.padding)
+    if request.op == "quantize":
+        return quantize.refuse_quantize(request.scale_rule)
+    return None
+
+
+@functools.cache
+def _library() -> Any:
+    """Defines the ops; on the CPU they run where Triton's interpreter does."""
+    library: Any = torch.library.Library("fp4fx_triton", "DEF")  # type: ignore[no-untyped-call]
+    for name in OPS:
+        of_body = getattr(torch.ops.fp4fx, name).default
+        schema = str(of_body._schema).removeprefix(f"fp4fx::{name}")
+        library.define(name + schema)
+        library.impl(name, _BODIES[name], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fp4fx_triton::{name}", of_body, lib=library)
+    return library
+
+
+def op(name: str) -> OpOverload:
+    """`torch.ops.fp4fx_triton.<name>`."""
+    _library()
+    overload: OpOverload = getattr(torch.ops.fp4fx_triton, name).default
+    return overload

@@ -1,0 +1,97 @@
+"""The ops `fp4fx_triton::*` and how they are chosen; whole graphs through the interpreter where there is no GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import fp4fx
+from fp4fx import ops
+from fp4fx.kernels import reference, triton
+from fp4fx.kernels.triton import library
+from fp4fx.passes import select_kernels as choosing
+from fp4fx.registry import Request, select
+from fp4fx.target import Target
+
+HOPPER = Target("cuda", "a card", frozenset({"sm_90"}))
+
+
+def request(**changes):
+    given = {"op": "linear", "target": HOPPER, "dtype": torch.bfloat16, "n": 64, "k": 64, "quantized_input": False}
+    return Request(**{**given, "freezing": True, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"op": "quantize"}, None),
+        ({"dtype": torch.float64}, "torch.float64"),
+        ({"gradient": True}, "gradient"),
+        ({"target": Target("cuda", "an old card", frozenset({"sm_75"}))}, "an old card (sm_75)"),
+        ({"op": "conv", "groups": 64}, "group"),
+        ({"op": "conv", "padding": (-1, 0)}, "negative padding"),
+        ({"op": "quantize", "scale_rule": "search"}, "search"),
+    ],
+)
+def test_what_is_refused(changes, reason):
+    kernel, refusals = select(request(**changes), (triton.KERNEL, reference.KERNEL))
+    if reason is None:
+        assert kernel is triton.KERNEL
+    else:
+        assert kernel is reference.KERNEL
+        assert reason in refusals[0]
+
+
+def test_on_other_devices_they_are_no_choice():
+    kernel, refusals = select(request(target=Target("cpu", "a cpu", frozenset())), (triton.KERNEL, reference.KERNEL))
+    assert kernel is reference.KERNEL and refusals == ()
+
+
+def test_ops_have_the_schemas_of_the_bodies():
+    for name in triton.OPS:
+        mine, theirs = library.op(name)._schema, getattr(torch.ops.fp4fx, name).default._schema
+        assert str(mine).replace("fp4fx_triton::", "fp4fx::") == str(theirs)
+
+
+def test_fakes(device):
+    w = [t.to(device) for t in ops.quantize(torch.randn(20, 40))]
+    x = torch.randn(3, 40, device=device)
+    torch.library.opcheck(library.op("linear"), (x, *w, None, 40), {"activation": "relu", "compute": "fp32"})
+    torch.library.opcheck(library.op("dequantize"), (*w, (20, 40), torch.float32))
+
+
+class Net(nn.Module):
+    """One of each op."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(10, 16)
+        self.conv = nn.Conv2d(16, 32, 3, padding=1, stride=2)
+        self.norm = nn.BatchNorm2d(32)
+        self.up = nn.ConvTranspose2d(32, 16, 2, 2)
+        self.head = nn.Linear(16, 24)
+
+    def forward(self, indices):
+        x = self.table(indices).permute(0, 3, 1, 2)
+        x = self.up(torch.relu(self.norm(self.conv(x))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("activations", [None, "nvfp4"])
+def test_a_model_runs_on_them_from_end_to_end(device, monkeypatch, activations):
+    if device == "cpu":
+        kernel = replace(triton.KERNEL, device=None)
+        monkeypatch.setattr(choosing, "KERNELS", (kernel, reference.KERNEL))
+    torch.manual_seed(0)
+    policy = fp4fx.Policy(skip_first=0, skip_last=0, embeddings=True, activations=activations, compute="fp32")
+    model = fp4fx.quantize(Net().eval(), policy).to(device)
+    indices = torch.randint(0, 10, (2, 6, 6), device=device)
+    with torch.no_grad():
+        expected = model(indices)
+        y = torch.compile(model, backend="fp4fx")(indices)
+    assert (y - expected).norm() / expected.norm() < 1e-4
+    rows = fp4fx.report(model).rows
+    assert [row.refusals for row in rows] == [()] * 4
+    assert {kernel.split(": ")[1] for row in rows for kernel in row.kernels} == {"triton"}
