@@ -78,9 +78,10 @@ def operand_scale(byte, OP: tl.constexpr):
     """E4M3 bits [...] -> the factors of `operand`, OP [...]."""
     if OP == tl.bfloat16:
         return (decode_e4m3(byte) * 3.323069e35).to(tl.bfloat16)  # 2**118: the largest scale stays finite
-    if OP == tl.float16:
+    elif OP == tl.float16:
         return (decode_e4m3(byte) * 128.0).to(tl.float16)
-    return decode_e4m3(byte) * 16384.0
+    else:
+        return decode_e4m3(byte) * 16384.0
 
 
 @triton.jit
@@ -90,9 +91,10 @@ def operand(code, factor, OP: tl.constexpr):
     if OP == tl.bfloat16:
         bits = ((c & 8) << 12) | ((c & 7) << 6)
         return bits.to(tl.int16).to(tl.bfloat16, bitcast=True) * factor
-    if OP == tl.float16:
+    elif OP == tl.float16:
         return _half(c) * factor
-    return _half(c).to(tl.float32) * factor
+    else:
+        return _half(c).to(tl.float32) * factor
 
 
 @triton.jit
@@ -100,6 +102,7 @@ def unit(OP: tl.constexpr):
     """What products with an `operand` are multiplied by, fp32."""
     if OP == tl.bfloat16:
         return 256.0
-    if OP == tl.float16:
+    elif OP == tl.float16:
         return 128.0
-    return 1.0
+    else:
+        return 1.0

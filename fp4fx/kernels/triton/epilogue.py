@@ -19,23 +19,25 @@ def activate(y, ACTIVATION: tl.constexpr):
     """An activation by its name in `fp4fx.ops.epilogue.ACTIVATIONS`, fp32 [...]; a NaN stays one."""
     if ACTIVATION == "none":
         return y
-    if ACTIVATION == "relu":
+    elif ACTIVATION == "relu":
         return tl.where(y < 0, 0.0, y)
-    if ACTIVATION == "relu6":
+    elif ACTIVATION == "relu6":
         return tl.where(y < 0, 0.0, tl.where(y > 6, 6.0, y))
-    if ACTIVATION == "silu":
+    elif ACTIVATION == "silu":
         return y / (1.0 + tl.exp(-y))
-    if ACTIVATION == "sigmoid":
+    elif ACTIVATION == "sigmoid":
         return 1.0 / (1.0 + tl.exp(-y))
-    if ACTIVATION == "gelu":
+    elif ACTIVATION == "gelu":
         return 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    if ACTIVATION == "gelu_tanh":
+    elif ACTIVATION == "gelu_tanh":
         return 0.5 * y * (1.0 + _tanh(0.7978845608028654 * (y + 0.044715 * y * y * y)))
-    gate = tl.where(y < -3, 0.0, tl.where(y > 3, 6.0, y + 3.0)) * 0.16666666666666666
-    if ACTIVATION == "hardsigmoid":
-        return gate
-    tl.static_assert(ACTIVATION == "hardswish", "unknown activation")
-    return y * gate
+    else:
+        tl.static_assert(ACTIVATION == "hardswish" or ACTIVATION == "hardsigmoid", "unknown activation")
+        gate = tl.where(y < -3, 0.0, tl.where(y > 3, 6.0, y + 3.0)) * 0.16666666666666666
+        if ACTIVATION == "hardsigmoid":
+            return gate
+        else:
+            return y * gate
 
 
 @triton.jit
