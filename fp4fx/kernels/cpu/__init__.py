@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from fp4fx import capture
-from fp4fx.kernels.cpu import library
+from fp4fx.kernels.cpu import fused, library
 from fp4fx.registry import Kernel, Request
 
 _FEW = 8
@@ -32,6 +32,8 @@ def _refuse(request: Request) -> str | None:
 def _lower(node: Node) -> None:
     name = node.target._opname  # type: ignore[union-attr]
     node.target = getattr(torch.ops.fp4fx_cpu, name).default
+    if name == "linear":
+        fused.quantize_inside(node)
     if name == "dequantize":
         capture.never_fold(node.target)
 

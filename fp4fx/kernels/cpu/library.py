@@ -1,7 +1,8 @@
 """The ops `fp4fx_cpu::*`: loads the library that defines them, gives them fakes, and lets the codec's ops use them.
 
-They take the arguments of `fp4fx::<op>` and a last `tier`, '' for the best that the machine can run. Nothing of this
-happens on import: compiling a graph builds the library, quantizing a model takes it if it is there.
+They take the arguments of `fp4fx::<op>` and a last `tier`, '' for the best that the machine can run; `linear` takes a
+`quantize_x` before it (see `fused`). Nothing of this happens on import: compiling a graph builds the library,
+quantizing a model takes it if it is there.
 """
 
 from __future__ import annotations
@@ -59,13 +60,14 @@ def _load(build: bool) -> None:
 
 
 def _fake(name: str) -> Body:
-    """The op's fake is that of `fp4fx::<name>`, which has all its arguments but the tier."""
+    """The op's fake is that of `fp4fx::<name>`, which has all its arguments but `quantize_x` and the tier."""
     takes = [argument.name for argument in getattr(torch.ops.fp4fx_cpu, name).default._schema.arguments]
     body = getattr(torch.ops.fp4fx, name).default
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(takes, args, strict=False)), **kwargs}
-        given.pop("tier", None)
+        for extra in ("quantize_x", "tier"):
+            given.pop(extra, None)
         return body(**given)
 
     return fake

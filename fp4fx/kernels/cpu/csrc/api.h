@@ -52,6 +52,7 @@ struct Linear {
   Epilogue epilogue;
   Compute compute;
   void* y;
+  float quantize_x;  // not 0: x is read as codes and scales that this global scale, a factor of w's, would give
 };
 
 // Convolution over up to three spatial axes, missing ones of size 1 in front. x and y are channels-last and contiguous:
@@ -90,7 +91,7 @@ struct Dequantize {
 enum class ScaleRule : int32_t { max, search };
 
 // Rows x [n, k], `x_stride` elements apart, to codes and scales. global_scale is given (0: to be found first and
-// written); block_rows is 1 or 16, and 1 for `search`.
+// written); block_rows is 1 or 16, and 1 for `search`. Without codes, only the global scale is found.
 struct Quantize {
   const void* x;
   DType dtype;

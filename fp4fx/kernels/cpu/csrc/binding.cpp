@@ -202,9 +202,10 @@ std::optional<int64_t> row_stride(const Tensor& x) {
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& global_scale, const Maybe& bias,
               int64_t in_features, const Maybe& x_scale, const Maybe& x_global_scale, std::optional<ScalarType> dtype,
               const Maybe& channel_scale, const Maybe& residual, std::string_view activation, std::string_view compute,
-              std::string_view tier) {
+              bool quantize_x, std::string_view tier) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Rows weight = weight_of(packed, scale, global_scale, in_features);
+  TORCH_CHECK(!quantize_x || !x_scale, "fp4fx_cpu: quantize_x is for an x of values, found codes");
   Input input(x, x_scale, x_global_scale, dtype, in_features);
   TORCH_CHECK(x.dim() >= 1, "fp4fx_cpu: x has no axis");
   TORCH_CHECK(x_scale || x.size(-1) == in_features, "fp4fx_cpu: x has ", x.size(-1),
@@ -220,8 +221,20 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const 
     input.x = input.x.contiguous();
     stride = in_features;
   }
-  chosen.linear({input.x.const_data_ptr(), input.scales(), input.global_scale(), input.type, product(lead), *stride,
-                 weight.view, epilogue.view, precision, y.mutable_data_ptr()},
+  fp4fx::Packed w = weight.view;
+  float g = 0;  // which asks for a scale to be found
+  if (quantize_x) {
+    if (x_global_scale) g = scalar_of(*x_global_scale, "x_global_scale");
+    TORCH_CHECK_VALUE(!x_global_scale || g != 0, "fp4fx_cpu: x_global_scale must be positive, is 0");
+    if (g == 0) {
+      chosen.quantize({input.x.const_data_ptr(), input.type, product(lead), in_features, *stride, fp4fx::ScaleRule::max,
+                       1, &g, nullptr, nullptr},
+                      pool());
+    }
+    w.global_scale *= g;
+  }
+  chosen.linear({input.x.const_data_ptr(), input.scales(), input.global_scale(), input.type, product(lead), *stride, w,
+                 epilogue.view, precision, y.mutable_data_ptr(), g},
                 pool());
   return y;
 }
@@ -487,12 +500,14 @@ std::vector<std::string> tier_names() {
 
 }  // namespace
 
-// The arguments of fp4fx::<op>, then the tier: '' is the best that this machine can run.
+// The arguments of fp4fx::<op>, then the tier: '' is the best that this machine can run. With quantize_x, linear reads
+// x as what fp4fx::quantize makes of it, by x_global_scale if that is given.
 TORCH_LIBRARY(fp4fx_cpu, m) {
   m.def(
       "linear(Tensor x, Tensor packed, Tensor scale, Tensor global_scale, Tensor? bias, SymInt in_features,"
       " Tensor? x_scale=None, Tensor? x_global_scale=None, ScalarType? dtype=None, Tensor? channel_scale=None,"
-      " Tensor? residual=None, str activation='none', str compute='bf16', str tier='') -> Tensor");
+      " Tensor? residual=None, str activation='none', str compute='bf16', bool quantize_x=False,"
+      " str tier='') -> Tensor");
   m.def(
       "conv(Tensor x, Tensor packed, Tensor scale, Tensor global_scale, Tensor? bias, SymInt in_channels, int[] "
       "kernel_size,"

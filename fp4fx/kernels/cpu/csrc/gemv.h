@@ -220,12 +220,16 @@ static void dot_tile(const Packed& w, int64_t n0, int64_t rows, const char* x, i
 template <class Dot>
 static void gemv(const Linear& a, const Pool& pool) {
   const int64_t chunks = (a.w.k + kChunk - 1) / kChunk, x_stride = chunks * Dot::kBytes;
-  Scratch staged(a.m * x_stride), row(chunks * kChunk * 4);
-  for (int64_t m = 0; m < a.m; ++m) {
-    read_row(rows_of(a), m, (float*)row.data, chunks * kChunk);
-    for (int64_t c = 0; c < chunks; ++c)
-      Dot::stage((const float*)row.data + c * kChunk, (char*)staged.data + m * x_stride + c * Dot::kBytes);
-  }
+  Scratch staged(a.m * x_stride);
+  const int64_t parts = a.quantize_x != 0 ? larger(1, smaller(a.m, a.m * a.w.k / 16384)) : 1;  // worth a thread each
+  parallel(pool, parts, [&](int64_t part) {
+    Scratch row(chunks * kChunk * 4);
+    for (int64_t m = a.m * part / parts; m < a.m * (part + 1) / parts; ++m) {
+      read_row(rows_of(a), m, (float*)row.data, chunks * kChunk);
+      for (int64_t c = 0; c < chunks; ++c)
+        Dot::stage((const float*)row.data + c * kChunk, (char*)staged.data + m * x_stride + c * Dot::kBytes);
+    }
+  });
   const Columns columns = columns_of(a);
   const int64_t tiles = (a.w.n + 15) / 16, pieces = smaller(tiles, 4 * pool.threads);
   parallel(pool, pieces, [&](int64_t piece) {

@@ -1,6 +1,7 @@
 // Rows of an activation in whatever form they come, read as fp32 or brought to operands.
 #pragma once
 
+#include "block.h"
 #include "decode.h"
 
 namespace fp4fx {
@@ -12,9 +13,10 @@ struct Rows {
   const uint8_t* scales;
   DType dtype;
   int64_t stride, count;
+  float quantize;  // not 0: values are rounded to NVFP4 with this global scale, and become multiples of it
 };
 
-FP4FX_INLINE Rows rows_of(const Linear& a) { return {a.x, a.x_scales, a.dtype, a.x_stride, a.w.k}; }
+FP4FX_INLINE Rows rows_of(const Linear& a) { return {a.x, a.x_scales, a.dtype, a.x_stride, a.w.k, a.quantize_x}; }
 
 // kLanes values of the codes at p.
 FP4FX_INLINE vf values(const uint8_t* p) {
@@ -26,6 +28,18 @@ FP4FX_INLINE vf values(const uint8_t* p) {
   std::memcpy(&word, p, sizeof word);
   return e2m1((vi)((vu{} + word) >> vu{0, 4, 8, 12, 16, 20, 24, 28}));
 #endif
+}
+
+// A block of values to what its codes and scale say.
+FP4FX_INLINE void quantize_block(float* values, float global_scale) {
+  Block block;
+  for (int p = 0; p < kParts; ++p) block.v[p] = load(values + p * kLanes);
+  bool poisoned = false;
+  const float amax = Block::amax(block, poisoned);
+  const float unit = e4m3(scale_of(amax, poisoned, global_scale));
+  vi codes[kParts];
+  Block::encode(block, unit * global_scale, codes);
+  for (int p = 0; p < kParts; ++p) store(values + p * kLanes, e2m1(codes[p]) * unit);
 }
 
 // Row `row` as fp32, zeros from `count` to `padded`, a multiple of kLanes and 16.
@@ -45,6 +59,8 @@ static void read_row(const Rows& r, int64_t row, float* out, int64_t padded) {
     if (i < r.count) store(out + i, load_some(x + i * size_of(r.dtype), r.dtype, r.count - i)), i = r.count;
   }
   for (; i < padded; ++i) out[i] = 0;
+  if (r.quantize != 0)
+    for (i = 0; i < r.count; i += 16) quantize_block(out + i, r.quantize);
 }
 
 // Values as operands of Op, `count` of them.
@@ -64,7 +80,7 @@ FP4FX_INLINE void each_vector_of(const char* x, int64_t count, const F& f) {
 
 template <class F>
 FP4FX_INLINE void each_vector(const Rows& r, int64_t row, float* room, const F& f) {
-  if (r.scales) {
+  if (r.scales || r.quantize != 0) {
     read_row(r, row, room, round_up(r.count, 16));
     return each_vector_of<DType::f32>((const char*)room, r.count, f);
   }
@@ -122,7 +138,7 @@ struct Operands {
 
   Operands(const Rows& r, int64_t n, int64_t groups, int64_t per_factor, const Pool& pool)
       : rows(r), n(n), groups(groups), per_factor(per_factor),
-        direct(!Op::kInteger && !r.scales && r.dtype == Op::kDType && r.count / groups % Op::kValues == 0),
+        direct(!Op::kInteger && !r.scales && r.quantize == 0 && r.dtype == Op::kDType && r.count / groups % Op::kValues == 0),
         row_bytes(direct ? r.stride * kBytes : groups * round_up(r.count / groups, Op::kValues) * kBytes),
         memory(direct ? 0 : n * row_bytes), factors_memory(Op::kInteger ? n * 4 : 0) {
     if (Op::kInteger) stage_integers(pool);
