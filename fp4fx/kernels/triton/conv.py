@@ -44,8 +44,9 @@ def _first_tap(phase, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.co
 
 @triton.jit
 def _within(mask, at, size, BOUNDED: tl.constexpr):
+    """The mask where x has a place `at` along an axis: one comparison, since a negative place is a large one."""
     if BOUNDED:
-        mask = mask & (at >= 0) & (at < size)
+        mask = mask & (at.to(tl.uint32, bitcast=True) < tl.cast(size, tl.uint32))
     return mask
 
 
@@ -61,10 +62,29 @@ def _value(x_ptr, x_scale_ptr, pixel, channel, x_blocks, mask, OP: tl.constexpr)
     """One value for each pixel and channel: `pixel` values from x_ptr, or of that packed row -> OP like `mask`."""
     if x_scale_ptr is None:
         return tl.load(x_ptr + pixel + channel, mask=mask, other=0.0).to(OP)
-    row = pixel * x_blocks
-    codes = tl.load(x_ptr + row * 8 + channel // 2, mask=mask, other=0).to(tl.int32) >> channel % 2 * 4
-    scale = tl.load(x_scale_ptr + row + channel // 16, mask=mask, other=0)
-    return codec.operand(codes, codec.operand_scale(scale, OP), OP)
+    else:
+        row = pixel * x_blocks
+        codes = tl.load(x_ptr + row * 8 + channel // 2, mask=mask, other=0).to(tl.int32) >> channel % 2 * 4
+        scale = tl.load(x_scale_ptr + row + channel // 16, mask=mask, other=0)
+        return codec.operand(codes, codec.operand_scale(scale, OP), OP)
+
+
+@triton.jit
+def _weight(packed_ptr, scale_ptr, row, row_mask, block, end, row_blocks, OP: tl.constexpr, BLOCKS: tl.constexpr,
+            FOURS: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+    """`operands.packed_tile`; with FOURS the scales are read four at a time, which is what can be read ahead."""
+    if FOURS:
+        start = row.to(tl.int64)[:, None] * row_blocks
+        byte = block * 8 + tl.arange(0, BLOCKS * 8)[None, :]
+        codes = tl.load(packed_ptr + start * 8 + byte, mask=row_mask[:, None] & (byte < end * 8), other=0)
+        four = block // 4 + tl.arange(0, BLOCKS // 4)[None, :]
+        fours_ptr = scale_ptr.to(tl.pointer_type(tl.int32)) + start // 4
+        scale = tl.load(fours_ptr + four, mask=row_mask[:, None] & (four < end // 4), other=0)
+        scale = scale[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]
+        scale = (scale & 0xFF).reshape(row.shape[0], BLOCKS)
+        return operands.halves(codes, codec.operand_scale(scale, OP), OP, PTX)
+    else:
+        return operands.packed_tile(packed_ptr, scale_ptr, row, row_mask, block, end, row_blocks, OP, BLOCKS, PTX)
 
 
 @triton.jit
@@ -82,8 +102,8 @@ def _conv(x_ptr, x_scale_ptr, x_global_ptr, packed_ptr, scale_ptr, global_ptr, c
           x_image, x0, x1, x2, y_image, y_channel, y0, y1, y2, y_part, parts,
           KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
           COMMON: tl.constexpr, INVERSE: tl.constexpr, BOUNDED: tl.constexpr, TRANSPOSED: tl.constexpr,
-          PHASES: tl.constexpr, FLAT: tl.constexpr, PAIRS: tl.constexpr, PART: tl.constexpr, ACTIVATION: tl.constexpr,
-          OP: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+          PHASES: tl.constexpr, FLAT: tl.constexpr, FOURS: tl.constexpr, PAIRS: tl.constexpr, PART: tl.constexpr,
+          ACTIVATION: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
           BLOCK_K: tl.constexpr):  # fmt: skip
     """One tile of y, rows of W x pixels of a phase, or one part of its sums.
 
@@ -98,6 +118,8 @@ def _conv(x_ptr, x_scale_ptr, x_global_ptr, packed_ptr, scale_ptr, global_ptr, c
         y_image, y_channel, y0, y1, y2, y_part: strides of y, in values.
         KERNEL ... PHASES: see `Geometry`.
         FLAT: walk K flat; otherwise `channels` is a multiple of 16.
+        FOURS: blocks of a tap and of a tile are multiples of 4, and so is scale_ptr.
+        PAIRS: 0, or 2, 4, 8: read two 16-bit values at once; strides and `channels` are multiples of so many values.
     """
     BLOCKS: tl.constexpr = BLOCK_K // 16
     PACKED: tl.constexpr = x_scale_ptr is not None
@@ -164,8 +186,8 @@ def _conv(x_ptr, x_scale_ptr, x_global_ptr, packed_ptr, scale_ptr, global_ptr, c
         if TRANSPOSED:
             taps = tl.where(n0 * n1 * n2 > 0, taps, 0)
         for step in range(begin, end):
-            low, high = operands.packed_tile(packed_ptr, scale_ptr, n, n_mask, step * BLOCKS, row_blocks, row_blocks,
-                                             OP, BLOCKS, PTX)  # fmt: skip
+            low, high = _weight(packed_ptr, scale_ptr, n, n_mask, step * BLOCKS, row_blocks, row_blocks, OP, BLOCKS,
+                                False, PTX)  # fmt: skip
             for odd in tl.static_range(2):
                 if odd == 0 or not PAIRS:
                     k = step * BLOCK_K + 2 * pairs + odd
@@ -201,8 +223,8 @@ def _conv(x_ptr, x_scale_ptr, x_global_ptr, packed_ptr, scale_ptr, global_ptr, c
             j0 = tap // tl.maximum(n2 * n1, 1)
         for _ in range(begin, end):
             tap = ((f0 + j0 * t0) * KERNEL[1] + f1 + j1 * t1) * KERNEL[2] + f2 + j2 * t2
-            low, high = operands.packed_tile(packed_ptr, scale_ptr, n, n_mask, tap * blocks + of_tap, (tap + 1) * blocks,
-                                             row_blocks, OP, BLOCKS, PTX)  # fmt: skip
+            low, high = _weight(packed_ptr, scale_ptr, n, n_mask, tap * blocks + of_tap, (tap + 1) * blocks, row_blocks,
+                                OP, BLOCKS, FOURS, PTX)  # fmt: skip
             at0, at1, at2 = d0 + j0 * e0, d1 + j1 * e1, d2 + j2 * e2
             mask = _within(m_mask, i0 + at0, in0, BOUNDED[0])
             mask = _within(mask, i1 + at1, in1, BOUNDED[1])
@@ -322,7 +344,7 @@ def _walk(family: str, m: int, rows: int, channels: int, taps: int) -> tuple[tun
     tile = tuning.tile("conv", family, m, rows, channels * taps)
     flat = channels % BLOCK != 0 or channels < 2 * BLOCK
     line, lines = (channels * taps, 1) if flat else (channels, taps)
-    sizes = [size for size in (128, 64, 32) if size <= tile.block_k]
+    sizes = [size for size in (128, 64, 32) if size <= (32 if flat else tile.block_k)]
     block_k = min(sizes, key=lambda size: (triton.cdiv(line, size) * size, -size))
     block_n = min(tile.block_n, max(16, triton.next_power_of_2(rows)))
     return tile._replace(block_k=block_k, block_n=block_n), flat, triton.cdiv(line, block_k) * lines
@@ -366,7 +388,8 @@ def _calls(t: _Product, y: Tensor, g: Geometry, family: str, parts: int | None =
     strides = {"x_image": x_image, **_named("x", x_strides), "y_image": y.stride(0), "y_channel": y.stride(1)}
     strides |= {**_named("y", y.stride()[2:]), "y_part": y.numel()}
     geometry = {name.upper(): getattr(g, name) for name in _GEOMETRY}
-    constants = {"FLAT": flat, "PAIRS": pairs, "PART": parts > 1, "ACTIVATION": t.activation, "OP": _TRITON[op]}
+    fours = not flat and math.gcd(channels // BLOCK, tile.block_k // BLOCK, t.scale.data_ptr()) % 4 == 0
+    constants = {"FLAT": flat, "FOURS": fours, "PAIRS": pairs, "PART": parts > 1, "ACTIVATION": t.activation, "OP": _TRITON[op]}
     constants |= {"PRECISION": "tf32x3", "PTX": family != "interpreter" and op != torch.float32}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     pointers = {"x_ptr": pixels, "x_scale_ptr": t.x_scale, "packed_ptr": t.packed, "scale_ptr": t.scale, "y_ptr": sums}
@@ -551,7 +574,7 @@ _CASES: Mapping[str, tuple[tuple[int, ...], int, Any, int]] = {  # x, results, g
 _MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 
 
-def _example(name: str, dtype: torch.dtype, **changes: Any) -> tuple[_Product, Geometry, Tensor]:
+def _example(name: str, dtype: torch.dtype, **changes: Any) -> tuple[_Product, Tensor, Geometry]:
     """A case without its data, x and y in channels_last: with a bias, and what else the changes say."""
     shape, n, axes, groups = _CASES[name]
     g = geometry(shape[2:], *axes)
@@ -568,7 +591,7 @@ def _example(name: str, dtype: torch.dtype, **changes: Any) -> tuple[_Product, G
         t = t._replace(x=empty(*lead, 8 * x_blocks), x_scale=empty(*lead, x_blocks), x_global_scale=one)
     if changes.pop("full", False):
         t = t._replace(channel_scale=vector, residual=y, activation="gelu")
-    return t._replace(**changes), g, y
+    return t._replace(**changes), y, g
 
 
 def _variant(name: str, call: _Call, target: int) -> Variant:
