@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,15 +55,16 @@ class DecoderLayer(nn.Module):
         """x [B, T, DIM], keys and values so far [2, B, HEADS, S, DIM/HEADS] -> [B, T, DIM]."""
         h = self.norm1(x)
         q, k, v = (p(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        k = torch.cat([cache[0], _rotate(k, cos, sin)], 2)
+        k = torch.cat([cache[0], rotate(k, cos, sin)], 2)
         v = torch.cat([cache[1], v], 2)
-        attended = F.scaled_dot_product_attention(_rotate(q, cos, sin), k, v)
+        attended = F.scaled_dot_product_attention(rotate(q, cos, sin), k, v)
         x = x + self.o(attended.transpose(1, 2).flatten(2))
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys [..., T, D] turned by their positions' angles [T, D/2]."""
     low, high = x.chunk(2, -1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
@@ -94,12 +94,19 @@ VISION = ("resnet50", "convnext_tiny", "vit_base_patch16_224", "mobilenetv3_larg
 def create(name: str) -> nn.Module:
     """A model in evaluation mode with random weights and random running statistics."""
     torch.manual_seed(0)
-    model = OWN[name]() if name in OWN else timm.create_model(name)
+    model = OWN[name]() if name in OWN else _timm(name)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     return model.eval()
+
+
+def _timm(name: str) -> nn.Module:
+    import timm  # noqa: PLC0415  (where it is missing its models are, not ours)
+
+    model: nn.Module = timm.create_model(name)
+    return model
 
 
 def inputs(name: str, batch: int) -> tuple[Tensor, ...]:

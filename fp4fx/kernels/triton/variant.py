@@ -24,6 +24,9 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 3
     matrix: Mapping[int, str] = field(default_factory=dict)
-    """The matrix instruction that has to be in the PTX, by target (80, 90, 100, 120); a target that is missing needs none."""
+    """The matrix instruction that has to be in the PTX, by target (80, 90, 100, 120); one that is missing needs none.
+    Words apart by spaces have to be in one line: "tcgen05.mma block_scale"."""
     targets: tuple[int, ...] = (80, 90, 100, 120)
     """Those it is for."""
+    since: Mapping[int, str] = field(default_factory=dict)
+    """The oldest Triton that compiles it ("3.9"), by target; a target that is missing: any."""
