@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fp4fx import capture
 from fp4fx.errors import BackendError, FallbackError
+from fp4fx.folding import with_parts
 from fp4fx.lowering import ATTRIBUTE, DECISION, NOTE, Lowering
 from fp4fx.passes import PASSES
-from fp4fx.pipeline import Context, Folded, run
+from fp4fx.pipeline import Context, run
 from fp4fx.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def fp4fx(
         _raise_on_fallback(ctx)
     stand_ins = [capture.backend_fake(part) for f in ctx.folded for part in f.parts]
     compiled = capture.lower(gm, [*example_inputs, *stand_ins], patches)
-    return _with_codes(compiled, ctx.folded)
+    return with_parts(compiled, ctx.folded)
 
 
 def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Policy | None, str, dict[str, Any]]:
@@ -110,43 +110,3 @@ def _raise_on_fallback(ctx: Context) -> None:
     if refused or weight_only or kept or missed:
         reasons = "; ".join([*kept, *missed, *weight_only, *refused])
         raise FallbackError(f"on_fallback='raise' and this graph falls back: {reasons}")
-
-
-def _with_codes(compiled: capture.CompiledGraph, folded: list[Folded]) -> capture.CompiledGraph:
-    """Pass the codes of the parameters that are quantized outside the graph; encode where there are none, or old ones.
-
-    The graph may be called with another parameter than it was captured with (a second model, an assignment), and one
-    may have been written to since (optimizer step, load_state_dict). Only `.data.mul_()` and the like leave no trace.
-    """
-    if not folded:
-        return compiled
-    weights: list[tuple[int | None, Any, tuple[Any, ...], Any]] = []
-    for f in folded:
-        codes_of = WeakTensorKeyDictionary()  # of every parameter seen, for as long as it lives
-        codes_of[f.parameter] = (_state(f.parameter), f.parts)
-        weights.append((f.position, f.parameter if f.position is None else None, f.arguments, codes_of))
-
-    def call(*args: Any) -> Any:
-        codes: list[Tensor] = []
-        for position, fixed, arguments, codes_of in weights:
-            parameter = fixed if position is None else args[position]
-            state = _state(parameter)
-            seen, parts = codes_of.get(parameter, (None, ()))
-            if state is None or seen != state:
-                parts = _encode(parameter, arguments)
-                codes_of[parameter] = (state, parts)
-            codes.extend(parts)
-        return compiled(*args, *codes)
-
-    return call
-
-
-@torch.no_grad()
-def _encode(parameter: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    parts: tuple[Tensor, Tensor, Tensor] = torch.ops.fp4fx.quantize.default(parameter.detach(), *arguments)
-    return parts
-
-
-def _state(parameter: Tensor) -> tuple[int, int] | None:
-    """What changes when a parameter is written to; None for an inference tensor, which does not tell."""
-    return None if parameter.is_inference() else (parameter._version, parameter.data_ptr())

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fp4fx import capture
 from fp4fx.errors import Error, PassError
+from fp4fx.folding import Folded
 from fp4fx.graph_sites import COMPUTE_OPS
 from fp4fx.lowering import Lowering
 from fp4fx.plan import Decision
@@ -41,26 +42,13 @@ class Context:
     refusals: dict[Node, str] = field(default_factory=dict)
     """Why a decoded weight or activation could not be eaten by the op that reads it, by dequantize node."""
     folded: list[Folded] = field(default_factory=list)
+    """What is computed outside the graph, in the order of the inputs that it adds."""
     notes: list[tuple[Tensor, str]] = field(default_factory=list)
     """Parameters of rank 2 or more that are no site of the graph, with the reason."""
     decisions: list[tuple[Tensor, Decision]] = field(default_factory=list)
     """What the policy decided, by parameter, for a model that was never quantized."""
     lowerings: list[tuple[Tensor | None, Lowering]] = field(default_factory=list)
     """How every fp4fx op is run, by the packed buffer or parameter it stores; None for an activation's."""
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A parameter that is quantized outside the graph: its codes are three new inputs, the last ones, in this order."""
-
-    parameter: Tensor
-    """The one that the graph was captured with."""
-    position: int | None
-    """Which input of the graph the parameter is, since another call may bring another; None if it is an attribute."""
-    arguments: tuple[Any, ...]
-    """What `fp4fx::quantize` takes after x."""
-    parts: tuple[Tensor, Tensor, Tensor]
-    """Its codes as of now."""
 
 
 Rewrite = Callable[[GraphModule, Context], int]

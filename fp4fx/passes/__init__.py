@@ -3,8 +3,11 @@
 from fp4fx.passes.canonicalize import canonicalize
 from fp4fx.passes.channels_last import channels_last
 from fp4fx.passes.expose_qdq import expose_qdq
+from fp4fx.passes.fold_norms import fold_norms
+from fp4fx.passes.fold_parameters import fold_parameters
 from fp4fx.passes.fold_weights import fold_weights
 from fp4fx.passes.fuse_conv import fuse_conv
+from fp4fx.passes.fuse_dense import fuse_dense
 from fp4fx.passes.fuse_embedding import fuse_embedding
 from fp4fx.passes.fuse_epilogue import fuse_epilogue
 from fp4fx.passes.fuse_linear import fuse_linear
@@ -28,7 +31,10 @@ PASSES: tuple[Pass, ...] = (
     Pass(fuse_conv, "independent of the other fusions"),
     Pass(fuse_embedding, "independent of the other fusions", Dialect.FUSED),
     Pass(fuse_epilogue, "after the fusions, whose ops take the epilogues"),
+    Pass(fold_norms, "for the convolutions that are left dense, before their formats are asked for"),
     Pass(channels_last, "once all convolutions have their inputs, and after epilogues, which read images too"),
     Pass(restride, "after the last pass that changes what an op answers in"),
-    Pass(select_kernels, "last: chooses an implementation for every fp4fx op that is left"),
+    Pass(fuse_dense, "once the strides are true, on which the library's op depends"),
+    Pass(select_kernels, "chooses an implementation for every fp4fx op that is left"),
+    Pass(fold_parameters, "last: takes out what all others have left to compute from parameters alone"),
 )

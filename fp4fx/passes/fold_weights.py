@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import operator
+from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fp4fx import ops
 from fp4fx.capture import add_input, arguments, parameter_name
+from fp4fx.folding import Folded, Leaf, computed
 from fp4fx.nvfp4 import check_finite
 from fp4fx.packed import PARTS
-from fp4fx.pipeline import Context, Folded, op_name
+from fp4fx.pipeline import Context, op_name
 
 
 def fold_weights(gm: GraphModule, ctx: Context) -> int:
@@ -30,14 +33,22 @@ def fold_weights(gm: GraphModule, ctx: Context) -> int:
         if not isinstance(parameter, nn.Parameter) or any(isinstance(a, Node) for a in rest):
             continue
         check_finite(parameter.detach(), parameter_name(gm, source))
-        codes = ops.quantize(parameter.detach(), *rest)
+        encode = partial(_encode, arguments=tuple(rest))
+        codes = computed(encode, [parameter])
         parts = [add_input(gm, f"{source.name}_{part}", t) for part, t in zip(PARTS, codes, strict=True)]
         for user in list(node.users):
             assert user.target is operator.getitem
             user.replace_all_uses_with(parts[arguments(user)[1]])
             gm.graph.erase_node(user)
         gm.graph.erase_node(node)
-        ctx.folded.append(Folded(parameter, inputs.index(source) if source in inputs else None, tuple(rest), codes))
+        leaf = Leaf(inputs.index(source) if source in inputs else None, parameter)
+        ctx.folded.append(Folded((leaf,), encode, codes))
         ctx.real = {**ctx.real, parts[0]: parameter}
         rewrites += 1
     return rewrites
+
+
+def _encode(parameter: Tensor, *, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The codes of a parameter; `arguments` is what `fp4fx::quantize` takes after it."""
+    codes: tuple[Tensor, Tensor, Tensor] = torch.ops.fp4fx.quantize.default(parameter.detach(), *arguments)
+    return codes

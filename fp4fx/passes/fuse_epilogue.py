@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from fp4fx.capture import (
     substitute,
     value,
 )
-from fp4fx.passes.operands import cast
 from fp4fx.passes.replay import is_context_switch
 from fp4fx.passes.spellings import (
     activation_of,
@@ -31,6 +29,7 @@ from fp4fx.passes.spellings import (
     operands_of,
     permutation_of,
 )
+from fp4fx.passes.vectors import Vectors
 from fp4fx.pipeline import Context, aten_name, op_name
 
 aten = torch.ops.aten
@@ -182,40 +181,22 @@ class _Chain:
 
     def _scale_and_bias(self, gm: GraphModule) -> tuple[Node | None, Node | None]:
         """Scale and bias, in fp32 [N] where a step has changed them."""
-
-        def call(target: Any, *args: Any) -> Node:
-            return emit(gm, target, args, like=self.op)
-
-        def vector(node: Node | None) -> Node | None:
-            if node is not None and value(node).dim() != 1:
-                node = call(aten.reshape.default, node, [-1])
-            return cast(gm, node, torch.float32, like=self.op)  # type: ignore[no-any-return]
-
-        def times(a: Node | None, b: Node | None) -> Node | None:
-            return a if b is None else b if a is None else call(aten.mul.Tensor, a, b)
-
-        def plus(a: Node | None, b: Node | None) -> Node | None:
-            return a if b is None else b if a is None else call(aten.add.Tensor, a, b)
-
+        vectors = Vectors(gm, self.op)
         scale: Node | None = None
         bias: Node | None = arguments(self.op)[4]
         for node in self.affine:
             factor: Node | None = None
             if aten_name(node) == "batch_norm":
-                _, weight, shift, mean, variance, _, _, eps, *_ = arguments(node)
-                factor = call(aten.rsqrt.default, call(aten.add.Scalar, vector(variance), eps))
-                factor = times(factor, vector(weight))
-                centred = plus(vector(bias), call(aten.neg.default, vector(mean)))
-                bias = plus(times(centred, factor), vector(shift))
+                factor, bias = vectors.normed(node, bias)
             else:
                 last = next(a for a in node.args if a is self.op or a in self.absorbed)
                 kind, other = operands_of(node, last)  # type: ignore[misc,arg-type]
                 if kind == "add":
-                    bias = plus(vector(bias), vector(other))
+                    bias = vectors.plus(vectors.wide(bias), vectors.wide(other))
                 else:
-                    factor = vector(other)
-                    bias = None if bias is None else times(vector(bias), factor)
-            scale = times(scale, factor)
+                    factor = vectors.wide(other)
+                    bias = None if bias is None else vectors.times(vectors.wide(bias), factor)
+            scale = vectors.times(scale, factor)
         return scale, bias
 
 

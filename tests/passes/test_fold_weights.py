@@ -21,9 +21,10 @@ def test_the_codes_of_a_parameter_become_inputs_and_it_is_read_no_more():
     inputs = g.gm.graph.find_nodes(op="placeholder")
     assert [n.meta["example_value"].dtype for n in inputs[given:]] == [torch.uint8, torch.uint8, torch.float32]
     (folded,) = g.ctx.folded
-    assert folded.parameter is net[0].weight and g.inputs[folded.position] is net[0].weight
-    assert not inputs[folded.position].users
-    codes = torch.ops.fp4fx.quantize(net[0].weight.detach(), *folded.arguments)
+    (leaf,) = folded.leaves
+    assert leaf.tensor is net[0].weight and g.inputs[leaf.position] is net[0].weight
+    assert not inputs[leaf.position].users
+    codes = folded.compute(net[0].weight)
     quantized = torch.ops.fp4fx.fake_quantize(net[0].weight.detach())
     torch.testing.assert_close(g.gm(*g.inputs, *codes)[0], g.inputs[-1] @ quantized.T)
 
