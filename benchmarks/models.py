@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -32,6 +33,7 @@ from benchmarks.timing import blocks
 from benchmarks.versions import versions
 from fp4fx import bench
 from fp4fx.bench import Call
+from fp4fx.policy import Compute
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = (*nets.VISION, "llama_6x2048")
@@ -51,6 +53,8 @@ class Ways:
         self.inputs = nets.inputs(name, batch)
         whole = name in nets.OWN and name not in nets.VISION  # without embedding and head there is no first and last
         self.policy = fp4fx.Policy(skip_first=0, skip_last=0) if whole else fp4fx.Policy()
+        self.exact: dict[str, Call] = {}
+        """What the quantized model of a candidate gives when it is computed in fp64, to be called once."""
 
     def all(self) -> dict[str, Callable[[], Way]]:
         """By name; the first is the reference of the errors."""
@@ -59,10 +63,16 @@ class Ways:
             "torch fp32": lambda: self._torch(self.model, fp32, freezing=False, compiled=False),
             "Inductor fp32": lambda: self._torch(copy.deepcopy(self.model), fp32, freezing=True),
             "Inductor bf16": lambda: self._torch(copy.deepcopy(self.model), bf16, freezing=True),
-            "fp4fx fp32": lambda: self._fp4fx(fp32, freezing=False),
-            "fp4fx fp32, freezing": lambda: self._fp4fx(fp32, freezing=True),
-            "fp4fx bf16": lambda: self._fp4fx(bf16, freezing=False),
-            "fp4fx bf16, freezing": lambda: self._fp4fx(bf16, freezing=True),
+            **{
+                name: functools.partial(self._fp4fx, name, dtype, freezing="freezing" in name, compute=compute)
+                for name, dtype, compute in (
+                    ("fp4fx fp32", fp32, "bf16"),
+                    ("fp4fx fp32, freezing", fp32, "bf16"),
+                    ("fp4fx fp32, between fp32, freezing", fp32, "bf16_operands"),
+                    ("fp4fx bf16", bf16, "bf16"),
+                    ("fp4fx bf16, freezing", bf16, "bf16"),
+                )
+            },
             "OpenVINO bf16": lambda: self._openvino(int8=False),
             "OpenVINO INT8": lambda: self._openvino(int8=True),
         }
@@ -76,9 +86,11 @@ class Ways:
         call = _call(torch.compile(model, dynamic=False), self._images(dtype))
         return bench.frozen(call) if freezing else call, _bytes(model)
 
-    def _fp4fx(self, dtype: torch.dtype, *, freezing: bool) -> Way:
+    def _fp4fx(self, name: str, dtype: torch.dtype, *, freezing: bool, compute: Compute) -> Way:
         inputs = self._images(dtype)
-        packed = fp4fx.quantize(copy.deepcopy(self.model).to(dtype), self.policy, example_inputs=inputs)
+        policy = replace(self.policy, compute=compute)
+        packed = fp4fx.quantize(copy.deepcopy(self.model).to(dtype), policy, example_inputs=inputs)
+        self.exact[name] = lambda: copy.deepcopy(packed).double()(*(x.double() for x in inputs))
         call = _call(torch.compile(packed, backend="fp4fx", dynamic=False), inputs)
         return bench.frozen(call) if freezing else call, _bytes(packed)
 
@@ -124,6 +136,10 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
+def _error(y: Tensor, expected: Tensor) -> float:
+    return float((y.double() - expected).norm() / expected.norm())
+
+
 def measure(name: str, batch: int, rounds: int, only: list[str] | None) -> list[Row]:
     """Rows of one model at one batch size, all candidates in this process."""
     ways = Ways(name, batch)
@@ -141,12 +157,15 @@ def measure(name: str, batch: int, rounds: int, only: list[str] | None) -> list[
             call, weights = make()
             y = call()
             first = perf_counter() - start
-            error = float((y.double() - expected).norm() / expected.norm())
+            errors = {"error": _error(y, expected)}
+            if candidate in ways.exact:
+                with torch.no_grad():
+                    errors["kernel_error"] = _error(y, ways.exact.pop(candidate)())
         except Exception as error:  # noqa: BLE001  (whatever a peer raises is the reason of its row)
             rows.append({**known, "candidate": candidate, "reason": reason(error)})
             continue
         calls[candidate] = call
-        facts[candidate] = {"candidate": candidate, "first_call_s": first, "weight_bytes": weights, "error": error}
+        facts[candidate] = {"candidate": candidate, "first_call_s": first, "weight_bytes": weights, **errors}
     for candidate, took in blocks(calls, rounds, seconds=0.1).items():
         times = asdict(took)
         count = times.pop("rounds")
@@ -188,6 +207,7 @@ def table(rows: list[Row]) -> str:
                 faster,
                 row["weight_bytes"] / 1e6,
                 row["error"],
+                row.get("kernel_error"),
                 row["first_call_s"],
             )
         )
@@ -200,9 +220,10 @@ def table(rows: list[Row]) -> str:
         "x Inductor bf16",
         "weights MB",
         "error",
+        "kernel's own",
         "first call s",
     )
-    text = str(tabulate(lines, heads, floatfmt=("", "", "", ".2f", "", ".2f", ".1f", ".4f", ".1f")))
+    text = str(tabulate(lines, heads, floatfmt=("", "", "", ".2f", "", ".2f", ".1f", ".4f", ".4f", ".1f")))
     missing = [(row["model"], row["batch"], row["candidate"], row["reason"]) for row in rows if "reason" in row]
     if missing:
         text += "\n\nnot measured\n\n" + str(tabulate(missing, ("model", "batch", "", "reason")))

@@ -92,13 +92,20 @@ VISION = ("resnet50", "convnext_tiny", "vit_base_patch16_224", "mobilenetv3_larg
 
 
 def create(name: str) -> nn.Module:
-    """A model in evaluation mode with random weights and random running statistics."""
+    """A model in evaluation mode with random weights; no branch starts at zero, and statistics are those of inputs."""
     torch.manual_seed(0)
     model = OWN[name]() if name in OWN else _timm(name)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.2)
+            norm.momentum = None  # an average over what is seen
+        for path, parameter in model.named_parameters():
+            if path.endswith(".gamma"):  # a factor for a branch
+                parameter.uniform_(0.1, 0.5)
+        if norms:
+            model.train()(*inputs(name, 4))
     return model.eval()
 
 

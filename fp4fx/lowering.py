@@ -21,6 +21,8 @@ class Lowering:
     """Name of the kernel that was selected."""
     refusals: tuple[str, ...] = ()
     """Why the kernels ahead of it were not: one `name: reason` each."""
+    between: str | None = None
+    """Why the result of an op of fp32 is not stored in bf16, empty if it is; None for any other op."""
 
 
 def lowerings_of(tensor: Tensor) -> tuple[Lowering, ...]:

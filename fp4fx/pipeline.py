@@ -47,6 +47,8 @@ class Context:
     """Parameters of rank 2 or more that are no site of the graph, with the reason."""
     decisions: list[tuple[Tensor, Decision]] = field(default_factory=list)
     """What the policy decided, by parameter, for a model that was never quantized."""
+    between: dict[Node, str] = field(default_factory=dict)
+    """Why a fused op of fp32 answers in fp32 (see the pass `narrow`), empty where it answers in bf16."""
     lowerings: list[tuple[Tensor | None, Lowering]] = field(default_factory=list)
     """How every fp4fx op is run, by the packed buffer or parameter it stores; None for an activation's."""
 

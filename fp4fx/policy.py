@@ -18,7 +18,7 @@ from fp4fx.site import Site
 Weights = Literal["nvfp4"] | None
 Activations = Literal["nvfp4", "nvfp4-static"] | None
 ScaleRule = Literal["max", "search", "four_over_six"]
-Compute = Literal["bf16", "fp32", "int8"]
+Compute = Literal["bf16", "bf16_operands", "fp32", "int8"]
 Block = tuple[Literal[1, 16], Literal[16]]
 Changes = tuple[tuple[str, Any], ...]
 
@@ -85,10 +85,12 @@ class Policy:
     """(rows, columns) of weight that share one scale: (1, 16), or (16, 16) for training, so that W and Wᵀ agree."""
     compute: Compute = "bf16"
     """Precision that a kernel may compute in; sums are fp32 in any case. "bf16": operands may be rounded to bf16 where
-    the model is in fp32, as 4-bit weights lose nothing by it. "fp32": an fp32 model is computed to fp32 accuracy.
-    "int8": activations may be rounded to int8 with a scale per row of a linear layer or per image, and decoded weights
-    to int8 with a scale per output channel, whatever the model's dtype: W4A8, twice as fast where VNNI is. A kernel
-    that offers no more than the model's own dtype, such as a library's, computes in that."""
+    the model is in fp32, as 4-bit weights lose nothing by it, and where the processor multiplies bf16, what lies
+    between layers may be stored in bf16. "bf16_operands": operands alone. "fp32": an fp32 model is computed to fp32
+    accuracy. "int8": activations may be rounded to int8 with a scale per row of a linear layer or per image, and
+    decoded weights to int8 with a scale per output channel, whatever the model's dtype, and else as "bf16": W4A8,
+    twice as fast where VNNI is. A kernel that offers no more than the model's own dtype, such as a library's, computes
+    in that."""
     on_fallback: Literal["report", "raise"] = "report"
     """What happens where something cannot be had as asked (a site refused, an opaque module, a W4A4 site that stays
     weight-only): report it, or raise FallbackError. `quantize` and `options={"policy": ...}` read it; a compile of an

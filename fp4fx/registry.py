@@ -47,6 +47,8 @@ class Kernel:
     """Why this kernel cannot take the request, or None."""
     lower: Callable[[Node], None]
     """Retargets the node to the kernel."""
+    rounds: bool = False
+    """Rounds the operands of fp32 ops to bf16 where `compute` lets it, and takes x and answers in different dtypes."""
     device: str | None = None
     """The one device type it is for; elsewhere it is no choice, and gives no reason. None: any."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -43,6 +44,8 @@ class Row:
     """`op: kernel` of each use in a compiled graph; empty before compiling and for a kept site."""
     refusals: tuple[str, ...]
     """Why the kernels ahead of those were not taken; empty where `kernels` is."""
+    between: tuple[str, ...]
+    """Of each use in a compiled fp32 graph: why its result is not stored in bf16, empty if it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,12 @@ class Report:
         yield f"{self.quantized:,} of {self.numel:,} = {share:.1%} of all parameters in NVFP4"
         if self.quantized:
             yield f"{self.bits:.3f} bits per quantized weight, scales included"
+        between = [why for row in {row.parameter: row for row in self.rows}.values() for why in row.between]
+        if between:
+            wide = ", ".join(f"{n} {why}" for why, n in Counter(filter(None, between)).most_common())
+            yield f"{between.count('')} of {len(between)} fp32 results stored in bf16" + (
+                f"; not: {wide}" if wide else ""
+            )
         if self.in_graph:
             yield f"the model holds {self.resident:,} bytes, dense; the packed weights are in its compiled graph"
         else:
@@ -215,6 +224,7 @@ def _row(decision: Decision, stored: Tensor, bits: float | None = None, sqnr: fl
         activations=decision.spec.activations if decision.spec else None,
         kernels=tuple(dict.fromkeys(f"{low.op}: {low.kernel}" for low in lowerings)),
         refusals=tuple(dict.fromkeys(refusal for low in lowerings for refusal in low.refusals)),
+        between=tuple(low.between for low in lowerings if low.between is not None),
     )
 
 

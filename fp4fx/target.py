@@ -29,6 +29,11 @@ class Target:
         """The compute capability of an NVIDIA GPU, times ten: 90 on Hopper; None elsewhere."""
         return next((int(f.removeprefix("sm_")) for f in self.features if f.startswith("sm_")), None)
 
+    @property
+    def multiplies_bf16(self) -> bool:
+        """Whether a processor has an instruction for sums of products of bf16."""
+        return not self.features.isdisjoint({"amx_bf16", "avx512_bf16"})
+
 
 def target_of(device: torch.device) -> Target:
     """What is known about a device; a device type that is not known here has no features."""

@@ -13,6 +13,7 @@ from fp4fx.passes.fold_weights import fold_weights
 from fp4fx.passes.fuse_conv import fuse_conv
 from fp4fx.passes.fuse_linear import fuse_linear
 from fp4fx.passes.insert_qdq import insert_qdq
+from fp4fx.passes.narrow import narrow
 from fp4fx.plan import Plan
 from tests.models import ConvNet, Tied
 from tests.passes.graphs import Captured
@@ -70,11 +71,22 @@ def test_plan_and_report_show_it_where_it_is_not_the_default():
 
 
 def test_what_is_refused():
-    with pytest.raises(fp4fx.PolicyError, match="compute: found 'fp8', expected 'bf16' or 'fp32' or 'int8'"):
+    with pytest.raises(
+        fp4fx.PolicyError, match="compute: found 'fp8', expected 'bf16' or 'bf16_operands' or 'fp32' or 'int8'"
+    ):
         fp4fx.Policy(compute="fp8")
     policy = fp4fx.Policy(embeddings=True, skip_first=0, skip_last=0, overrides={"op:linear": {"compute": "int8"}})
     with pytest.raises(fp4fx.PolicyError, match="expected one scale_rule, block and compute per tensor"):
         fp4fx.quantize(Tied(), policy)
+
+
+def test_bf16_for_operands_alone_travels_too(tmp_path):
+    fp4fx.save(fp4fx.quantize(ConvNet().eval(), fp4fx.Policy(compute="bf16_operands")), tmp_path / "m.safetensors")
+    again = fp4fx.load(ConvNet(), tmp_path / "m.safetensors").eval()
+    g = Captured(again, IMAGE)
+    g.apply(canonicalize, expose_qdq, fuse_linear, fuse_conv, narrow)
+    assert set(computes(g)) == {"bf16_operands"}
+    assert set(g.ctx.between.values()) == {"compute='bf16_operands'"}
 
 
 def test_the_body_ignores_it():

@@ -150,6 +150,21 @@ def test_after_compiling_it_names_kernels_and_refusals():
     assert "not compiled yet" not in lines["fc1.weight"]
 
 
+def test_it_counts_what_is_stored_in_bf16():
+    qmodel = quantize(net(), Policy(skip_first=0, skip_last=0))
+    assert "stored in bf16" not in str(report(qmodel))
+    qmodel.fc1.weight_packed.fp4fx_lowering = (Lowering("linear", "cpu", (), ""), Lowering("linear", "cpu", (), ""))
+    qmodel.fc2.weight_packed.fp4fx_lowering = (Lowering("linear", "cpu", (), "read by sin"),)
+    qmodel.head.weight_packed.fp4fx_lowering = (Lowering("linear", "cpu"),)
+    found = report(qmodel)
+    assert {r.parameter: r.between for r in found.rows if r.kernels} == {
+        "fc1.weight": ("", ""),
+        "fc2.weight": ("read by sin",),
+        "head.weight": (),
+    }
+    assert "2 of 3 fp32 results stored in bf16; not: 1 read by sin" in str(found).splitlines()
+
+
 def test_a_compiled_model_is_unwrapped():
     qmodel = quantize(net())
     assert report(torch.compile(qmodel, backend="eager")) == report(qmodel)

@@ -43,7 +43,8 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _require_no_epilogue(ctx)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ torch.ops.fp4fx.dequantize.default(*ctx.saved_tensors, (grad.shape[-1], ctx.k), ctx.dtype)
+        weight = torch.ops.fp4fx.dequantize.default(*ctx.saved_tensors, (grad.shape[-1], ctx.k), ctx.dtype)
+        grad_x = grad.to(ctx.dtype) @ weight
     if ctx.biased and ctx.needs_input_grad[4]:
         grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
     return grad_x, None, None, None, grad_bias, *_nones(8)
@@ -58,8 +59,9 @@ def _convolution_gradients(
     if ctx.needs_input_grad[0]:
         groups = arguments[-1]
         weight = torch.ops.fp4fx.dequantize.default(*ctx.saved_tensors, weight_shape, ctx.dtype, order, groups)
-        like = grad.new_empty(1).expand(ctx.x_shape)
-        grad_x = torch.ops.aten.convolution_backward(grad, like, weight, [0], *arguments, [True, False, False])[0]
+        like = weight.new_empty(1).expand(ctx.x_shape)
+        grad_y, mask = grad.to(ctx.dtype), [True, False, False]
+        grad_x = torch.ops.aten.convolution_backward(grad_y, like, weight, [0], *arguments, mask)[0]
     if ctx.biased and ctx.needs_input_grad[4]:
         grad_bias = grad.sum([d for d in range(grad.dim()) if d != 1])
     return grad_x, grad_bias

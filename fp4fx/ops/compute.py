@@ -2,13 +2,15 @@
 
 The weight is `packed u8 [N, ceil(K/16)*8], scale u8 [N, ceil(K/16)], global_scale fp32 []`. Where `x_scale` is given,
 `x` is the packed codes of a quantized activation, in blocks along all channels of one position (channels last), and
-`dtype` what it decodes to; otherwise `x` is floating point and decides the compute dtype.
+`dtype` what it decodes to; otherwise `x` is floating point and decides the compute dtype. The result is in `dtype`,
+without one in x's.
 
 The last arguments of linear, conv and conv_transpose say what follows the product:
 `y = activation(channel_scale · (x · Wᵀ) + bias + residual)`, where `channel_scale` and `bias` are [N] of any float
 dtype and `residual` is like y. Product and epilogue are then computed in fp32 and rounded once; a bare product with a
-bias is the library's op in x's dtype. `compute` is the precision that a kernel may use, which the bodies ignore. With
-`widen=False` the product alone stays in x's dtype, as where nothing follows it: bf16 libraries are fast.
+bias is the library's op in x's dtype, if that is y's. `compute` is the precision that a kernel may use, which the
+bodies ignore. With `widen=False` the product alone stays in x's dtype, as where nothing follows it: bf16 libraries are
+fast.
 """
 
 from __future__ import annotations
@@ -52,18 +54,19 @@ def linear(
     decode: Body = nvfp4.dequantize_rows,
     widen: bool = True,
 ) -> Tensor:
-    """x [..., K] fp, packed weight of N rows -> y [..., N] in x's dtype: y = x · Wᵀ + bias."""
+    """x [..., K] fp, packed weight of N rows -> y [..., N] in `dtype`: y = x · Wᵀ + bias."""
     check_weight(packed, scale, global_scale, in_features)
     check_input(x, x_scale, dtype, in_features, -1)
     if x_scale is not None and x_global_scale is not None and dtype is not None:
         x = decode(x, x_scale, x_global_scale, in_features, dtype)
-    check_epilogue(residual, x.dtype, activation, compute)
+    result = x.dtype if dtype is None else dtype
+    check_epilogue(residual, result, activation, compute)
     weight = decode(packed, scale, global_scale, in_features, x.dtype)
-    if is_plain(x.dtype, bias, channel_scale, residual, activation):
+    if result == x.dtype and is_plain(result, bias, channel_scale, residual, activation):
         return F.linear(x, weight, bias)
     inner = wide(x.dtype) if widen else x.dtype
     product = F.linear(x.to(inner), weight.to(inner))
-    return finish(product, x.dim() - 1, x.dtype, bias, channel_scale, residual, activation)
+    return finish(product, x.dim() - 1, result, bias, channel_scale, residual, activation)
 
 
 # --- convolutions -----------------------------------------------------------------------------------------------------
@@ -136,13 +139,14 @@ def conv(
     given, x = x, _activation(x, x_scale, x_global_scale, dtype, in_channels, decode)
     shape = (packed.shape[0], in_channels // groups, *kernel_size)
     weight = _weight(packed, scale, global_scale, shape, x, "conv", groups, decode)
-    check_epilogue(residual, x.dtype, activation, compute)
+    result = x.dtype if dtype is None else dtype
+    check_epilogue(residual, result, activation, compute)
     geometry = (stride, padding, dilation, False, [0] * len(stride), groups)
-    if is_plain(x.dtype, bias, channel_scale, residual, activation):
+    if result == x.dtype and is_plain(result, bias, channel_scale, residual, activation):
         return in_format_of(given, torch.convolution(x, weight, bias, *geometry))
     inner = wide(x.dtype) if widen else x.dtype
     product = torch.convolution(x.to(inner), weight.to(inner), None, *geometry)
-    return in_format_of(given, finish(product, 1, x.dtype, bias, channel_scale, residual, activation))
+    return in_format_of(given, finish(product, 1, result, bias, channel_scale, residual, activation))
 
 
 @define(
@@ -180,13 +184,14 @@ def conv_transpose(
     given, x = x, _activation(x, x_scale, x_global_scale, dtype, in_channels, decode)
     shape = (in_channels, packed.shape[0] // groups, *kernel_size)
     weight = _weight(packed, scale, global_scale, shape, x, "conv_transpose", groups, decode)
-    check_epilogue(residual, x.dtype, activation, compute)
+    result = x.dtype if dtype is None else dtype
+    check_epilogue(residual, result, activation, compute)
     geometry = (stride, padding, dilation, True, output_padding, groups)
-    if is_plain(x.dtype, bias, channel_scale, residual, activation):
+    if result == x.dtype and is_plain(result, bias, channel_scale, residual, activation):
         return in_format_of(given, torch.convolution(x, weight, bias, *geometry))
     inner = wide(x.dtype) if widen else x.dtype
     product = torch.convolution(x.to(inner), weight.to(inner), None, *geometry)
-    return in_format_of(given, finish(product, 1, x.dtype, bias, channel_scale, residual, activation))
+    return in_format_of(given, finish(product, 1, result, bias, channel_scale, residual, activation))
 
 
 # --- embedding --------------------------------------------------------------------------------------------------------

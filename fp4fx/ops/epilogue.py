@@ -60,7 +60,7 @@ def finish(
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """activation(channel_scale · product + bias + residual), computed in fp32 (fp64 for fp64) and rounded to `dtype`.
+    """activation(channel_scale · product + bias + residual), in fp32 (fp64 with an fp64 product), rounded to `dtype`.
 
     Args:
         product: [..., N, ...] with the N channels along `axis`.
@@ -73,7 +73,7 @@ def finish(
     """
     shape = [1] * product.dim()
     shape[axis] = product.shape[axis]
-    y = product.to(wide(dtype))
+    y = product.to(torch.promote_types(wide(product.dtype), dtype))
     if channel_scale is not None:
         y = y * channel_scale.to(y.dtype).reshape(shape)
     if bias is not None:

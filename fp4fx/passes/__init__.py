@@ -13,6 +13,7 @@ from fp4fx.passes.fuse_epilogue import fuse_epilogue
 from fp4fx.passes.fuse_linear import fuse_linear
 from fp4fx.passes.insert_qdq import insert_qdq
 from fp4fx.passes.merge_qdq import merge_qdq
+from fp4fx.passes.narrow import narrow
 from fp4fx.passes.open_attention import open_attention
 from fp4fx.passes.restride import restride
 from fp4fx.passes.select_kernels import select_kernels
@@ -33,6 +34,7 @@ PASSES: tuple[Pass, ...] = (
     Pass(fuse_epilogue, "after the fusions, whose ops take the epilogues"),
     Pass(fold_norms, "for the convolutions that are left dense, before their formats are asked for"),
     Pass(channels_last, "once all convolutions have their inputs, and after epilogues, which read images too"),
+    Pass(narrow, "after the epilogues, whose parts are of one dtype; before restride: a cast closes gaps in memory"),
     Pass(restride, "after the last pass that changes what an op answers in"),
     Pass(fuse_dense, "once the strides are true, on which the library's op depends"),
     Pass(select_kernels, "chooses an implementation for every fp4fx op that is left"),

@@ -13,7 +13,7 @@ from fp4fx.capture import OpOverload, arguments, needs_gradient, value
 from fp4fx.kernels import KERNELS
 from fp4fx.lowering import Lowering
 from fp4fx.pipeline import Context, op_name
-from fp4fx.registry import Request, select
+from fp4fx.registry import Kernel, Request, select
 from fp4fx.target import target_of
 
 
@@ -29,15 +29,21 @@ def select_kernels(gm: GraphModule, ctx: Context) -> int:
         if name is None:
             continue
         stored = _stored(node, name, ctx)
-        kernel, refusals = select(_request(node, name, ctx, frozen=stored is not None), KERNELS)
+        kernel, refusals = choose(node, ctx)
         if name == "dequantize" and stored is not None:
             readers = sorted({_spelling(user) for user in node.users})
             reason = ctx.refusals.get(node, f"its decoded value is read by {', '.join(readers)}")
             refusals = (f"fusion: {reason}", *refusals)
-        ctx.lowerings.append((stored, Lowering(name, kernel.name, refusals)))
+        ctx.lowerings.append((stored, Lowering(name, kernel.name, refusals, ctx.between.get(node))))
         kernel.lower(node)
         rewrites += 1
     return rewrites
+
+
+def choose(node: Node, ctx: Context) -> tuple[Kernel, tuple[str, ...]]:
+    """The kernel for an op under `fp4fx::`, and why it is none of those before it."""
+    name = str(op_name(node))
+    return select(_request(node, name, ctx, frozen=_stored(node, name, ctx) is not None), KERNELS)
 
 
 _PACKED = {

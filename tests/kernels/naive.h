@@ -136,7 +136,7 @@ inline std::vector<Value> conv(const Conv& c) {
         const int64_t k = group * cin + channel;
         const double x = c.x_scales
                              ? decoded(static_cast<const uint8_t*>(c.x), c.x_scales, c.x_global_scale, blocks, x_row, k)
-                             : load(c.x, c.dtype, x_row * c.cin + k);
+                             : load(c.x, c.x_dtype, x_row * c.cin + k);
         const double term = x * decoded(c.w, row, tap * cin + channel);
         sum += term;
         magnitude += std::fabs(term);
@@ -145,7 +145,7 @@ inline std::vector<Value> conv(const Conv& c) {
     const Epilogue& e = c.epilogue;
     if (e.channel_scale) sum *= e.channel_scale[row], magnitude *= std::fabs(e.channel_scale[row]);
     if (e.bias) sum += e.bias[row];
-    if (e.residual) sum += load(e.residual, c.dtype, i);
+    if (e.residual) sum += load(e.residual, c.y_dtype, i);
     y[i] = {activate(e.activation, sum), magnitude};
   }
   return y;
@@ -154,7 +154,8 @@ inline std::vector<Value> conv(const Conv& c) {
 // A linear layer is a convolution over one pixel; rows of x must be contiguous here.
 inline Conv as_conv(const Linear& l) {
   Conv c = {};
-  c.x = l.x, c.x_scales = l.x_scales, c.x_global_scale = l.x_global_scale, c.dtype = l.dtype;
+  c.x = l.x, c.x_scales = l.x_scales, c.x_global_scale = l.x_global_scale;
+  c.x_dtype = l.x_dtype, c.y_dtype = l.y_dtype;
   c.batch = l.m, c.cin = l.w.k, c.groups = 1;
   for (int d = 0; d < 3; ++d) c.in[d] = c.out[d] = c.kernel[d] = c.stride[d] = c.dilation[d] = 1;
   c.w = l.w, c.epilogue = l.epilogue, c.compute = l.compute, c.y = l.y;

@@ -96,9 +96,9 @@ void expect_close(const Tier& tier, const char* what, const Conv& c, int64_t cou
                   const std::vector<naive::Value>& wanted) {
   const double operands = c.compute == Compute::fp32 ? 0x1p-16 : c.compute == Compute::bf16 ? 0x1p-7 : 0x1p-6;
   const double least = c.compute == Compute::int8 ? c.w.k * 1.5 * 1.5 / 127 : 0;  // relative to the largest of a row
-  const double rounding = c.dtype == DType::f32 ? 0x1p-20 : c.dtype == DType::f16 ? 0x1p-10 : 0x1p-8;
+  const double rounding = c.y_dtype == DType::f32 ? 0x1p-20 : c.y_dtype == DType::f16 ? 0x1p-10 : 0x1p-8;
   for (int64_t i = 0; i < count; ++i) {
-    const double found = naive::load(c.y, c.dtype, i), error = std::fabs(found - wanted[i].value);
+    const double found = naive::load(c.y, c.y_dtype, i), error = std::fabs(found - wanted[i].value);
     const bool good = error <= 1.2 * operands * wanted[i].magnitude + least + rounding * std::fabs(wanted[i].value) + 1e-6;
     if (!good || i + 1 == count) {
       expect(good, tier, what, c.batch, c.w.n, c.w.k, found, wanted[i].value);
@@ -130,9 +130,11 @@ void linear(const Tier& tier, const Pool& pool, int64_t m, int64_t n, int64_t k,
   for (int64_t i = 0; !quantized && i < m * k; ++i) {
     naive::store(dense.as<void>(), dtype, i, naive::load(x.as<void>(), dtype, i / k * stride + i % k));
   }
-  Buffer y(m * n * size_of(dtype), size_of(dtype));
-  const Finish finish(n, m * n, dtype, kind);
-  Linear call = {x.as<void>(), nullptr, 1, dtype, m, stride, w.view, finish.view, compute, y.as<void>()};
+  const DType y_dtype = kTypes[random_bits() % 3];
+  Buffer y(m * n * size_of(y_dtype), size_of(y_dtype));
+  const Finish finish(n, m * n, y_dtype, kind);
+  Linear call = {x.as<void>(), nullptr, 1,       dtype,          y_dtype, m,
+                 stride,       w.view,  finish.view, compute, y.as<void>()};
   if (quantized) call.x = x_codes.view.codes, call.x_scales = x_codes.view.scales, call.x_global_scale = 0.125f;
   tier.linear(call, pool);
   if (!quantized) call.x = dense.as<void>();
@@ -167,8 +169,8 @@ constexpr Shape kConvs[] = {
 
 void conv(const Tier& tier, const Pool& pool, const Shape& s, DType dtype, Compute compute, int kind, bool quantized) {
   Conv call = {};
-  call.dtype = dtype, call.transposed = s.transposed, call.batch = s.batch, call.cin = s.cin, call.groups = s.groups;
-  call.compute = compute;
+  call.x_dtype = dtype, call.y_dtype = kTypes[random_bits() % 3], call.compute = compute;
+  call.transposed = s.transposed, call.batch = s.batch, call.cin = s.cin, call.groups = s.groups;
   int64_t pixels = s.batch, results = s.batch * s.n, taps = 1;
   for (int d = 0; d < 3; ++d) {
     call.in[d] = s.in[d], call.kernel[d] = s.kernel[d], call.stride[d] = s.stride[d], call.padding[d] = s.padding[d];
@@ -180,8 +182,8 @@ void conv(const Tier& tier, const Pool& pool, const Shape& s, DType dtype, Compu
   }
   Codes w(s.n, taps * s.cin / s.groups), x_codes(quantized ? pixels : 0, s.cin);
   Values x(quantized ? 0 : pixels * s.cin, dtype);
-  Buffer y(results * size_of(dtype), size_of(dtype));
-  const Finish finish(s.n, results, dtype, kind);
+  Buffer y(results * size_of(call.y_dtype), size_of(call.y_dtype));
+  const Finish finish(s.n, results, call.y_dtype, kind);
   call.x = x.as<void>(), call.x_global_scale = 1, call.w = w.view, call.epilogue = finish.view, call.y = y.as<void>();
   if (quantized) call.x = x_codes.view.codes, call.x_scales = x_codes.view.scales, call.x_global_scale = 0.125f;
   tier.conv(call, pool);

@@ -1,5 +1,6 @@
 """When the compiler chooses the CPU kernels, and what it says when it does not."""
 
+import copy
 import gc
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from fp4fx.passes.fuse_conv import fuse_conv
 from fp4fx.passes.fuse_linear import fuse_linear
 from fp4fx.passes.select_kernels import select_kernels
 from fp4fx.registry import Request, select
-from fp4fx.target import Target
+from fp4fx.target import Target, target_of
 from tests.passes.graphs import Captured, conv, linear
 
 REQUEST = Request(
@@ -119,6 +120,34 @@ def test_compiling_keeps_one_copy_of_the_weights(cpu_ops, freezing):
     values = sum(layer.weight.numel() for layer in model)
     new = sum(storage.nbytes() for pointer, storage in _storages().items() if pointer not in before)
     assert 0.5 * values < new <= 0.6 * values
+
+
+def test_bf16_between_layers_that_round_to_it_anyway_costs_no_accuracy(cpu_ops):
+    if not target_of(torch.device("cpu")).multiplies_bf16:
+        pytest.skip("this processor has no products of bf16")
+    torch._dynamo.reset()
+    model = nn.Sequential(
+        nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64), nn.Linear(64, 64)
+    ).eval()
+    x, found, counts = torch.randn(40, 64), [], []
+    for compute in ("bf16", "bf16_operands"):
+        packed = fp4fx.quantize(model, fp4fx.Policy(skip_first=0, skip_last=0, compute=compute))
+        compiled = torch.compile(packed, backend="fp4fx", fullgraph=True)
+        with torch.no_grad():
+            found.append(compiled(x))
+        counts.append(sum(row.between.count("") for row in fp4fx.report(packed).rows))
+        exact = copy.deepcopy(packed).double()(x.double())
+    assert counts == [2, 0]
+    errors = [((y - exact).norm() / exact.norm()).item() for y in found]
+    assert errors[0] < 1.3 * errors[1] < 1e-2
+
+    mlp = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)).eval()
+    packed = [
+        fp4fx.quantize(mlp, fp4fx.Policy(skip_first=0, skip_last=0, compute=c)) for c in ("bf16", "bf16_operands")
+    ]
+    with torch.no_grad():
+        narrow, wide = (torch.compile(q, backend="fp4fx")(x) for q in packed)
+    assert torch.equal(narrow, wide)
 
 
 def _storages():

@@ -63,16 +63,17 @@ def double(value):
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() else value
 
 
-def check(name, tier, args, compute="bf16", **epilogue):
-    """One call against the body of the op, which gets x and the epilogue in fp64."""
-    y = getattr(torch.ops.fp4fx_cpu, name)(*args, **epilogue, compute=compute, tier=tier)
+def check(name, tier, args, compute="bf16", dtype=None, **epilogue):
+    """One call against the body of the op, which gets x and the epilogue in fp64 and answers in it."""
+    y = getattr(torch.ops.fp4fx_cpu, name)(*args, **epilogue, dtype=dtype, compute=compute, tier=tier)
     x, packed, scale, global_scale, bias, *rest = args
     reference = getattr(ops, name)(
         double(x), packed, scale, global_scale, double(bias), *rest, **{k: double(v) for k, v in epilogue.items()}
     )
-    assert y.shape == reference.shape and y.dtype == x.dtype
+    dtype = dtype or x.dtype
+    assert y.shape == reference.shape and y.dtype == dtype
     assert strides(y) == strides(reference)
-    assert y.numel() == 0 or error(y, reference) < limit(x.dtype, compute), (name, tier, x.shape, epilogue.keys())
+    assert y.numel() == 0 or error(y, reference) < limit(dtype, compute), (name, tier, x.shape, epilogue.keys())
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +158,27 @@ def test_epilogues(tier, dtype):
     x, w = torch.randn(2, 8, 5, 5).to(dtype), packed((8, 6, 2, 2), "conv_transpose")
     args = (x, *w, torch.randn(6), 8, (2, 2), [2, 2], [0, 0], [0, 0], [1, 1], 1)
     check("conv_transpose", tier, args, residual=torch.randn(2, 6, 10, 10).to(dtype), activation="relu")
+
+
+@pytest.mark.parametrize(("dtype", "result"), itertools.permutations(DTYPES, 2), ids=str)
+def test_x_and_y_may_differ_in_dtype(tier, dtype, result):
+    """At every way through a kernel: few rows and many, tails, x read in place or brought to operands."""
+    for m, k, n in LINEAR:
+        x, given = torch.randn(m, k).to(dtype), {"residual": torch.randn(m, n).to(result), "activation": "silu"}
+        for compute in ("bf16", "fp32", "int8"):
+            check("linear", tier, (x, *packed((n, k)), torch.randn(n), k), compute, result, **given)
+    for shape, weight, *geometry in CONV:
+        args = (*packed(weight, "conv", geometry[-1]), torch.randn(weight[0]), shape[1], weight[2:], *geometry)
+        x = torch.randn(shape).to(dtype)
+        given = {"residual": torch.randn(ops.conv(x, *args).shape).to(result), "activation": "relu"}
+        for compute in ("bf16", "fp32"):
+            check("conv", tier, (x, *args), compute, result, **given)
+        if x.dim() in LAST:
+            check("conv", tier, (x.to(memory_format=LAST[x.dim()]), *args), "bf16", result, **given)
+    for shape, weight, *geometry in TRANSPOSED:
+        w, bias = packed(weight, "conv_transpose", geometry[-1]), torch.randn(weight[1] * geometry[-1])
+        x = torch.randn(shape).to(dtype)
+        check("conv_transpose", tier, (x, *w, bias, shape[1], weight[2:], *geometry), "bf16", result)
 
 
 @pytest.mark.parametrize("case", CONV, ids=str)
@@ -346,6 +368,8 @@ def test_what_does_not_fit_is_refused(cpu_ops):
         (lambda: linear(x, *w, None, 40, channel_scale=torch.ones(7).int()), "channel_scale must have 7 floating"),
         (lambda: linear(x, *w, None, 40, residual=torch.randn(3, 8)), "residual must be Float"),
         (lambda: linear(x, *w, None, 40, residual=torch.randn(3, 7).half()), "residual must be Float"),
+        (lambda: linear(x, *w, None, 40, dtype=torch.half, residual=torch.randn(3, 7)), "residual must be Half"),
+        (lambda: linear(x, *w, None, 40, dtype=torch.double), "float32, bfloat16 or float16, found Double"),
         (lambda: linear(x, *w, None, 40, activation="tanh"), "unknown activation 'tanh'; use one of none, relu"),
         (lambda: linear(x, *w, None, 40, compute="fp8"), "unknown compute 'fp8'"),
         (lambda: linear(x, *w, None, 40, tier="sse"), "no tier 'sse'"),
@@ -380,6 +404,8 @@ def test_fakes_and_schemas(cpu_ops):
         ("dequantize", (*conv, (6, 8, 3, 3), torch.bfloat16, "conv"), {"tier": "portable"}),
         ("linear", (torch.randn(3, 40), *w, torch.randn(7), 40), {"activation": "relu", "compute": "fp32"}),
         ("linear", (xq[0], *w, None, 40, *xq[1:], torch.float32), {"tier": "portable"}),
+        ("linear", (torch.randn(3, 40), *w, torch.randn(7), 40), {"dtype": torch.bfloat16, "compute": "bf16_operands"}),
+        ("conv", (x.bfloat16(), *conv, None, 8, *square, [1, 1], 1), {"dtype": torch.float32}),
         ("conv", (x, *conv, None, 8, *square, [1, 1], 1), {}),
         ("conv", (x.to(memory_format=torch.channels_last), *conv, None, 8, *square, [1, 1], 1), {}),
         ("conv_transpose", (x, *transposed, None, 8, *square, [1, 1], [1, 1], 2), {}),

@@ -38,5 +38,5 @@ def _lower(node: Node) -> None:
         capture.never_fold(node.target)
 
 
-KERNEL = Kernel(name="cpu", ops=frozenset(library.OPS), refuse=_refuse, lower=_lower, device="cpu")
+KERNEL = Kernel(name="cpu", ops=frozenset(library.OPS), refuse=_refuse, lower=_lower, rounds=True, device="cpu")
 """Every op but fake_quantize, whose gradient passes straight through."""

@@ -41,12 +41,12 @@ struct Epilogue {
 };
 
 // y [M, N] = x [M, K] * W^T, rows of x `x_stride` elements apart, y contiguous. If `x_scales` is not null, x is packed
-// codes, [M, ceil(K/16)*8] bytes contiguous, with x_scales [M, ceil(K/16)] and x_global_scale; dtype is then only y's.
+// codes, [M, ceil(K/16)*8] bytes contiguous, with x_scales [M, ceil(K/16)] and x_global_scale; x_dtype is then not read.
 struct Linear {
   const void* x;
   const uint8_t* x_scales;
   float x_global_scale;
-  DType dtype;
+  DType x_dtype, y_dtype;
   int64_t m, x_stride;
   Packed w;
   Epilogue epilogue;
@@ -62,7 +62,7 @@ struct Conv {
   const void* x;
   const uint8_t* x_scales;
   float x_global_scale;
-  DType dtype;
+  DType x_dtype, y_dtype;
   bool transposed;
   int64_t batch, cin, groups;
   int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];

@@ -63,7 +63,9 @@ Value named(std::string_view name, const char* what, const std::array<const char
   C10_THROW_ERROR(ValueError, c10::str("fp4fx_cpu: unknown ", what, " '", name, "'; use one of ", all));
 }
 
+// What a caller may store in bf16 between two calls is nothing to the call itself.
 fp4fx::Compute compute_of(std::string_view name) {
+  if (name == "bf16_operands") return fp4fx::Compute::bf16;
   return named<fp4fx::Compute, 3>(name, "compute", {"bf16", "fp32", "int8"});
 }
 
@@ -125,7 +127,7 @@ Rows weight_of(const Tensor& packed, const Tensor& scale, const Tensor& global_s
   return Rows(packed, scale, global_scale, k, "the weight");
 }
 
-// What is read of an activation: values, or codes with their scales.
+// What is read of an activation: values, or codes with their scales. `dtype` is the result's, x's own if not given.
 struct Input {
   Input(const Tensor& given, const Maybe& x_scale, const Maybe& x_global_scale, std::optional<ScalarType> dtype,
         int64_t k)
@@ -137,8 +139,9 @@ struct Input {
       rows.emplace(x, *x_scale, *x_global_scale, k, "x");
       x = rows->codes;
     }
-    scalar_type = x_scale ? *dtype : x.scalar_type();
-    type = dtype_of(scalar_type);
+    result = dtype.value_or(given.scalar_type());
+    y_dtype = dtype_of(result);
+    x_dtype = x_scale ? y_dtype : dtype_of(x.scalar_type());
   }
 
   const uint8_t* scales() const { return rows ? rows->view.scales : nullptr; }
@@ -146,8 +149,8 @@ struct Input {
 
   Tensor x;
   std::optional<Rows> rows;
-  ScalarType scalar_type;
-  fp4fx::DType type;
+  ScalarType result;
+  fp4fx::DType x_dtype, y_dtype;
 };
 
 // The epilogue's tensors in the form that the kernels read.
@@ -211,7 +214,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const 
   TORCH_CHECK(x_scale || x.size(-1) == in_features, "fp4fx_cpu: x has ", x.size(-1),
               " values along axis -1, the weight expects ", in_features);
   const IntArrayRef lead = x.sizes().slice(0, x.dim() - 1);
-  const Tensor y = at::empty(concat(lead, weight.view.n), x.options().dtype(input.scalar_type));
+  const Tensor y = at::empty(concat(lead, weight.view.n), x.options().dtype(input.result));
   const Epilogue epilogue(channel_scale, bias, residual, activation, weight.view.n, y);
   const fp4fx::Compute precision = compute_of(compute);
   const fp4fx::Tier& chosen = tier_of(tier);
@@ -227,14 +230,14 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const 
     if (x_global_scale) g = scalar_of(*x_global_scale, "x_global_scale");
     TORCH_CHECK_VALUE(!x_global_scale || g != 0, "fp4fx_cpu: x_global_scale must be positive, is 0");
     if (g == 0) {
-      chosen.quantize({input.x.const_data_ptr(), input.type, product(lead), in_features, *stride, fp4fx::ScaleRule::max,
+      chosen.quantize({input.x.const_data_ptr(), input.x_dtype, product(lead), in_features, *stride, fp4fx::ScaleRule::max,
                        1, &g, nullptr, nullptr},
                       pool());
     }
     w.global_scale *= g;
   }
-  chosen.linear({input.x.const_data_ptr(), input.scales(), input.global_scale(), input.type, product(lead), *stride, w,
-                 epilogue.view, precision, y.mutable_data_ptr(), g},
+  chosen.linear({input.x.const_data_ptr(), input.scales(), input.global_scale(), input.x_dtype, input.y_dtype,
+                 product(lead), *stride, w, epilogue.view, precision, y.mutable_data_ptr(), g},
                 pool());
   return y;
 }
@@ -310,7 +313,7 @@ Tensor convolution(const Tensor& x, const Tensor& packed, const Tensor& scale, c
     conv.dilation[i] = there ? g.dilation[axis] : 1;
     if (there) sizes.push_back(conv.out[i]);
   }
-  const at::TensorOptions options = x.options().dtype(input.scalar_type);
+  const at::TensorOptions options = x.options().dtype(input.result);
   const at::MemoryFormat last = rank == 3 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
   if (rank == 1) sizes.insert(sizes.begin() + 2, 1);  // there is no such format of rank 3
   const Tensor y = at::empty(sizes, options, last);
@@ -319,7 +322,8 @@ Tensor convolution(const Tensor& x, const Tensor& packed, const Tensor& scale, c
   conv.x = input.x.const_data_ptr();
   conv.x_scales = input.scales();
   conv.x_global_scale = input.global_scale();
-  conv.dtype = input.type;
+  conv.x_dtype = input.x_dtype;
+  conv.y_dtype = input.y_dtype;
   conv.transposed = transposed;
   conv.cin = channels;
   conv.groups = g.groups;

@@ -86,7 +86,7 @@ static void gather(const Conv& c, const Operands<Op>& x, int64_t channels, const
 template <class Op>
 static void conv_with(const Conv& c, const Pool& pool) {
   const int64_t each = c.cin / c.groups, taps = volume(c.kernel), pixels = c.batch * volume(c.in);
-  const Rows rows{c.x, c.x_scales, c.dtype, c.cin, c.cin};
+  const Rows rows{c.x, c.x_scales, c.x_dtype, c.cin, c.cin};
   const bool whole = each % Op::kValues == 0;
   // Few channels make short inner loops, and an odd number of them a pair across two taps.
   const bool unfolded = !c.transposed && taps > 1 && (each < 8 || !whole);
@@ -113,7 +113,9 @@ static void conv(const Conv& c, const Pool& pool) {
   if (c.batch * volume(c.out) == 0 || c.w.n == 0) return;
   if (pointwise(c)) {
     const int64_t pixels = c.batch * volume(c.in);
-    return linear({c.x, c.x_scales, c.x_global_scale, c.dtype, pixels, c.cin, c.w, c.epilogue, c.compute, c.y}, pool);
+    return linear({c.x, c.x_scales, c.x_global_scale, c.x_dtype, c.y_dtype, pixels, c.cin, c.w, c.epilogue, c.compute,
+                   c.y},
+                  pool);
   }
   // A step must not reach from one tap into the next.
   const int64_t step = c.transposed && volume(c.kernel) > 1 ? c.cin / c.groups : 4;

@@ -58,7 +58,7 @@ struct Columns {
 template <class Args>
 FP4FX_INLINE Columns columns_of(const Args& a) {
   const float scale = a.w.global_scale * (a.x_scales ? a.x_global_scale : 1.f);
-  return {a.epilogue, a.dtype, scale, a.y, a.w.n};
+  return {a.epilogue, a.y_dtype, scale, a.y, a.w.n};
 }
 
 }  // namespace FP4FX_TIER

@@ -16,7 +16,7 @@ struct Rows {
   float quantize;  // not 0: values are rounded to NVFP4 with this global scale, and become multiples of it
 };
 
-FP4FX_INLINE Rows rows_of(const Linear& a) { return {a.x, a.x_scales, a.dtype, a.x_stride, a.w.k, a.quantize_x}; }
+FP4FX_INLINE Rows rows_of(const Linear& a) { return {a.x, a.x_scales, a.x_dtype, a.x_stride, a.w.k, a.quantize_x}; }
 
 // kLanes values of the codes at p.
 FP4FX_INLINE vf values(const uint8_t* p) {
