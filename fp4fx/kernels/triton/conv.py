@@ -236,13 +236,13 @@ def _conv(x_ptr, x_scale_ptr, x_global_ptr, packed_ptr, scale_ptr, global_ptr, c
                 even, odd = tl.trans(even), tl.trans(odd)
             else:
                 pair = of_tap * 8 + pairs
-                mask = (pair < channels // 2)[:, None] & mask[None, :]
-                pair += group * (channels // 2)
+                mask = (pair < blocks * 8)[:, None] & mask[None, :]
+                pair = (group * blocks * 8 + pair)[:, None]
                 if PAIRS:
-                    even, odd = _pair(x_ptr, at[None, :] + pair[:, None], mask, OP)
+                    even, odd = _pair(x_ptr, tl.multiple_of(at, PAIRS // 2)[None, :] + pair, mask, OP)
                 else:
-                    even = _value(x_ptr, x_scale_ptr, at[None, :], 2 * pair[:, None], x_blocks, mask, OP)
-                    odd = _value(x_ptr, x_scale_ptr, at[None, :], 2 * pair[:, None] + 1, x_blocks, mask, OP)
+                    even = _value(x_ptr, x_scale_ptr, at[None, :], 2 * pair, x_blocks, mask, OP)
+                    odd = _value(x_ptr, x_scale_ptr, at[None, :], 2 * pair + 1, x_blocks, mask, OP)
             acc = tl.dot(low, even, acc, input_precision=PRECISION)
             acc = tl.dot(high, odd, acc, input_precision=PRECISION)
             of_tap += BLOCKS

@@ -53,7 +53,7 @@ def tile(op: str, family: str, m: int, n: int, k: int) -> Tile:
     if op in _forced:
         return _forced[op]
     if family == INTERPRETER:
-        return Tile(32 if op == "conv" else 16, 16, 32, 2 if op in ("split_k", "conv") else 1)
+        return Tile(32, 32, 64, 2) if op == "conv" else Tile(16, 16, 32, 2 if op == "split_k" else 1)
     return _find(op, family, m, n, k)
 
 
