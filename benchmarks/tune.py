@@ -69,36 +69,39 @@ def assumed() -> list[Row]:
 
 def _rules(family: str) -> Iterator[tuple[str, int | None, int | None, int | None, Tile]]:
     """Op, bounds on m, n and k, tile. A bucket is judged by its lower end, where there is least to do."""
-    yield "gemv", None, 8192, 512, Tile(1, 8, 512)
-    yield "gemv", None, 8192, None, Tile(1, 4, 1024)
-    yield "gemv", None, None, None, Tile(1, 8, 512)
+    yield "gemv", 2, None, None, Tile(1, 8, 4096, num_stages=1)
+    yield "gemv", None, None, None, Tile(1, 4, 4096, num_stages=1)
     for m in (16, 32, None):
         for low, n in ((512, 1024), (1024, 2048), (2048, 4096), (4096, 8192), (8192, 16384), (16384, None)):
             for low_k, k in ((512, 1024), (1024, 2048), (2048, 4096), (4096, None)):
                 tile = Tile(m or 64, 64, 128)
                 most = max(1, low_k // (2 * tile.block_k))
                 split = next(
-                    (s for s in (1, 2, 4, 8) if math.ceil((low + 1) / tile.block_n) * s >= 0.9 * _SMS[family]), 16
+                    (s for s in (1, 2, 4, 8) if _programs(low + 1, tile.block_n) * s >= 0.9 * _SMS[family]), 16
                 )
                 yield "split_k", m, n, k, _fitting(tile._replace(split_k=min(split, most)), family)
-    for op, rows in (("gemm", (16, 32, 64, 128, 512, None)), ("conv", (256, 1024, 4096, 16384, None))):
-        for low, m in zip((1, *rows), rows, strict=False):
-            for low_n, n in ((64, 128), (128, 512), (512, 2048), (2048, None)):
-                tile = _filling(low + 1, low_n, family)
-                if op == "conv":  # a step stays within a tap; of the parts it takes as many as fill the device
-                    tile = tile._replace(block_k=64, split_k=16)
-                yield op, m, n, None, _fitting(tile, family)
+    for m in (16, 32, 64):
+        yield "gemm", m, None, None, _fitting(Tile(m, 64, 128), family)
+    for low, m in ((65, 128), (129, 256), (257, 512), (513, 2048), (2049, None)):
+        for low_n, n in ((512, 2048), (2048, 4096), (4096, 8192), (8192, None)):
+            yield "gemm", m, n, None, _fitting(_filling(low, low_n + 1, family), family)
+    for m in (16, 32, 512, 4096, None):  # of the parts a convolution takes as many as fill the device
+        for n in (64, None):
+            rows = 64 if n or m else 128
+            yield "conv", m, n, None, _fitting(Tile(min(m or 128, 64 if m and m <= 512 else 128), rows, 64, 16), family)
     for op in ("quantize", "dequantize"):
         yield op, None, None, None, Tile(8, 1, 512)
 
 
+def _programs(size: int, block: int) -> int:
+    return math.ceil(size / block)
+
+
 def _filling(m: int, n: int, family: str) -> Tile:
-    """The largest tile of which there are as many as multiprocessors; the smallest if there are fewer of any."""
-    candidates = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (32, 64, 4), (16, 64, 4))
-    fits = [c for c in candidates if c[0] < 2 * m or c[0] == 16]
-    full = (c for c in fits if math.ceil(m / c[0]) * math.ceil(n / c[1]) >= _SMS[family])
-    block_m, block_n, warps = next(full, fits[-1] if m <= 16 else fits[min(1, len(fits) - 1)] if n > 2048 else fits[-1])
-    return Tile(block_m, block_n, 128, 1, warps)
+    """The largest tile of which there are about as many as multiprocessors: a smaller one decodes W oftener."""
+    candidates = (Tile(128, 128, 64, 1, 8), Tile(128, 64, 64), Tile(64, 64, 128))
+    full = (t for t in candidates if _programs(m, t.block_m) * _programs(n, t.block_n) >= 0.9 * _SMS[family])
+    return next(full, candidates[-1])
 
 
 def _fitting(tile: Tile, family: str) -> Tile:

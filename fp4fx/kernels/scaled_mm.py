@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp4fx.kernels.triton import swizzle
 from fp4fx.ops.epilogue import finish, is_plain
 from fp4fx.policy import Compute
 from fp4fx.registry import Request
@@ -31,8 +32,7 @@ def refuse(request: Request) -> str | None:
         return "it multiplies matrices, and nothing else"
     if not request.quantized_input:
         return "the activation is not in 4 bits, and scaled_mm takes both sides in 4 bits"
-    capability = max((int(f[3:]) for f in request.target.features if f.startswith("sm_")), default=0)
-    if capability < _CAPABILITY:
+    if (request.target.capability or 0) < _CAPABILITY:
         return f"{request.target.name} has no 4-bit matrix instruction, which sm_{_CAPABILITY} and later have"
     if request.dtype not in DTYPES:
         return f"found {request.dtype}, scaled_mm gives bfloat16, float16 and float32"
@@ -93,7 +93,5 @@ def linear(
 
 def _blocked(scale: Tensor) -> Tensor:
     """Scales u8 [..., blocks] -> E4M3 in the order of cuBLAS, in whole tiles of 128 rows and 4 blocks."""
-    from fp4fx.kernels.triton import swizzle  # noqa: PLC0415  (with it comes Triton, which only a GPU needs)
-
     blocked: Tensor = swizzle.to_blocked(scale.reshape(-1, scale.shape[-1]))
     return blocked.view(torch.float8_e4m3fn)

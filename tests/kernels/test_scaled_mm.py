@@ -6,10 +6,9 @@ import torch.nn.functional as F
 
 from fp4fx import nvfp4, ops
 from fp4fx.kernels import scaled_mm
+from fp4fx.kernels.triton import swizzle
 from fp4fx.registry import Request
 from fp4fx.target import Target
-
-swizzle = pytest.importorskip("fp4fx.kernels.triton.swizzle")
 
 
 def request(**changes):

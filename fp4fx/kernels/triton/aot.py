@@ -3,8 +3,7 @@
 `python -m fp4fx.kernels.triton.aot --targets 80,90,100,120` asks each module of this package for its `variants()`,
 compiles them for the targets that they claim, and prints what came of it: registers, stack, shared memory, the matrix
 instruction. It ends with 1 if a register spills, shared memory does not fit, the matrix instruction is missing or a
-variant does not compile where it says it does; a target that a variant or this Triton is not for is a row with the
-reason.
+variant does not compile where it says it does; what this Triton is too old for is a row with the reason.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import importlib
 import io
 import json
 import multiprocessing
+import os
 import pkgutil
 import re
 import subprocess
@@ -103,30 +103,37 @@ def kernel_modules() -> tuple[str, ...]:
 
 @functools.cache
 def variants_of(module: str) -> Mapping[str, Variant]:
-    """The variants of a module by name.
+    """The variants of a module by name; one that is there twice counts once.
 
     Raises:
-        ValueError: two have the same name.
+        ValueError: two that differ have the same name.
     """
     found: dict[str, Variant] = {}
     for variant in importlib.import_module(module).variants():
-        if variant.name in found:
-            raise ValueError(f"{module}: two variants are called {variant.name!r}")
-        found[variant.name] = variant
+        if found.setdefault(variant.name, variant) != variant:
+            raise ValueError(f"{module}: two different variants are called {variant.name!r}")
     return found
 
 
 def plan(modules: Iterable[str], targets: Sequence[int], only: str = "") -> Plan:
-    """Each variant whose "module.name" has the text in it, for each of the targets."""
+    """Each variant whose "module.name" has the text in it, for each of the targets that it claims."""
     planned = Plan()
     for module in modules:
-        for variant in variants_of(module).values():
+        try:
+            variants = variants_of(module)
+        except Exception as error:  # noqa: BLE001  (one module that cannot say what it has must not hide the others)
+            job = Job(module, "variants()", targets[0])
+            planned.rows.append(job.row(problems=(_reason(error),)))
+            continue
+        for variant in variants.values():
             for target in targets if only in f"{module}.{variant.name}" else ():
-                job = Job(module, variant.name, target)
-                reason = _skip(variant, target)
-                if reason is None:
+                job, since = Job(module, variant.name, target), variant.since.get(claimed(target))
+                if claimed(target) not in variant.targets:
+                    continue
+                if since is None or _release(triton.__version__) >= _release(since):
                     planned.jobs.append(job)
                 else:
+                    reason = f"needs triton {since}, this is {triton.__version__}"
                     planned.rows.append(job.row(skipped=reason))
     return planned
 
@@ -134,16 +141,6 @@ def plan(modules: Iterable[str], targets: Sequence[int], only: str = "") -> Plan
 def claimed(target: int) -> int:
     """The target of `TARGETS` whose variants run on this one."""
     return max((known for known in TARGETS if known <= target), default=TARGETS[0])
-
-
-def _skip(variant: Variant, target: int) -> str | None:
-    """Why the variant is not compiled for the target, or None."""
-    if claimed(target) not in variant.targets:
-        return "not for this target"
-    since = variant.since.get(claimed(target))
-    if since is not None and _release(triton.__version__) < _release(since):
-        return f"needs triton {since}, this is {triton.__version__}"
-    return None
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -253,7 +250,7 @@ def _reason(error: BaseException) -> str:
 def compile_all(jobs: Sequence[Job], processes: int = _PROCESSES) -> Iterator[Row]:
     """The rows of the jobs, in their order; a job that takes the compiler's process down is a row as well."""
     pending: list[tuple[Job, Future[Row]]] = []
-    with _pool(min(processes, _PROCESSES)) as pool:
+    with _pool(min(processes, _PROCESSES)) as (pool, _):
         with contextlib.suppress(BrokenProcessPool):
             pending.extend((job, pool.submit(check, job)) for job in jobs)
         for job, future in tqdm(pending, desc="compiling", unit="kernel", disable=None, leave=False):
@@ -266,15 +263,28 @@ def compile_all(jobs: Sequence[Job], processes: int = _PROCESSES) -> Iterator[Ro
 
 
 def _alone(job: Job) -> Row:
-    with _pool(1) as pool:
+    with _pool(1) as (pool, log):
         try:
             return pool.submit(check, job).result()
         except BrokenProcessPool:
-            return job.row(problems=("the compiler's process died",))
+            words = [line.strip() for line in log.read_text("utf-8", errors="replace").splitlines() if "ERROR" in line]
+            return job.row(problems=(f"the compiler's process died: {(words or ['without a word'])[0]}"[:200],))
 
 
-def _pool(processes: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+@contextlib.contextmanager
+def _pool(processes: int) -> Iterator[tuple[ProcessPoolExecutor, Path]]:
+    """Processes and the file of what they say: with an error the compiler prints the whole kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=_write_to, initargs=(log,)) as pool:
+            yield pool, log
+
+
+def _write_to(log: Path) -> None:
+    """Let standard error of this process be that file."""
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-KERNELS = "tests.kernels.triton.aot_kernels"
+FOLDER = str(Path(__file__).parent)
+KERNELS = "aot_kernels"  # not in the package `tests`, which has kernels interpreted
 
 
 def aot(*arguments, **environ):
     """Run in a process of its own: here the kernels are interpreted."""
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fp4fx.kernels.triton.aot", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**clean, **environ})
+    path = os.pathsep.join(filter(None, (FOLDER, os.environ.get("PYTHONPATH"))))
+    environ = {**clean, "PYTHONPATH": path, **environ}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +70,26 @@ def test_what_is_wrong_is_said(done):
     assert all(row["problems"][0] in run.stdout for row in rows.values() if row["problems"])
 
 
-def test_a_target_that_is_not_claimed_is_a_row_with_the_reason(done):
+def test_what_this_triton_is_too_old_for_is_a_row_and_what_is_not_claimed_is_none(done):
     run, rows = done
-    assert rows["spilling", 80]["skipped"] == "not for this target"
     assert rows["later", 90]["skipped"].startswith("needs triton 99.0, this is ")
     assert "needs triton 99.0" in run.stdout
-    assert {target for _, target in rows} == {80, 90, 100, 120}
-    assert len(rows) == 6 * 4
+    assert {target for name, target in rows if name == "large"} == {90, 120}
+    assert len(rows) == 11
+
+
+def test_a_module_that_cannot_say_what_it_has_is_a_row():
+    run = aot("--modules", f"{KERNELS}_wrong", KERNELS, "--targets", "80", "--only", "good")
+    assert run.returncode == 1
+    assert "two different variants are called 'same'" in run.stdout
+    assert "1 of 2 compilations are as claimed" in run.stdout
 
 
 def test_a_compiler_that_dies_is_a_row():
     run = aot("--modules", KERNELS, "--targets", "90", "--only", "good", FP4FX_TEST_DEADLY="1")
     assert run.returncode == 1
-    assert "the compiler's process died" in run.stdout
+    assert "the compiler's process died: LLVM ERROR: what it says" in run.stdout
+    assert "ten thousand lines" not in run.stdout + run.stderr
 
 
 @pytest.mark.parametrize(
