@@ -58,8 +58,9 @@ def _dequantize_kernel(packed_ptr, scale_ptr, global_ptr, index_ptr, out_ptr, ta
     else:
         i = block * 16 + 2 * j
         at = out_ptr + (row * k + i)
-        tl.store(at, even, mask=row_ok & (i < k))
-        tl.store(at + 1, odd, mask=row_ok & (i + 1 < k))
+        end = tl.where(row_ok, k, 0)
+        tl.store(at, even, mask=i < end)
+        tl.store(at + 1, odd, mask=i + 1 < end)
 
 
 def dequantize(

@@ -50,6 +50,7 @@ def test_bits_of_the_scale_search(device, kind):
 @pytest.mark.parametrize("view", [
     lambda x: x[:, 3:35], lambda x: x[::2, :32], lambda x: x[:, 1:33], lambda x: x.t(), lambda x: x[5:6].expand(4, 64),
     lambda x: x[:, ::2], lambda x: x.view(8, 5, 64)[:, 1:4], lambda x: x[0], lambda x: x[:1, :1], lambda x: x[:0],
+    lambda x: x.flatten().as_strided((6, 48), (56, 1), 8),
 ])  # fmt: skip
 @pytest.mark.parametrize("block_rows", [1, 16])
 def test_any_strides(device, dtype, view, block_rows):
