@@ -26,7 +26,7 @@ def _dot(w, x, acc, PRECISE: tl.constexpr):
 def gemm(x_ptr, x_scale_ptr, x_global_ptr, packed_ptr, scale_ptr, global_ptr, out_ptr, channel_scale_ptr, bias_ptr,
          residual_ptr, M, N, K, x_row, blocks, OP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
          BLOCK_K: tl.constexpr, X_PACKED: tl.constexpr, PAIRS: tl.constexpr, PRECISE: tl.constexpr,
-         PTX: tl.constexpr, NATIVE: tl.constexpr, PARTIAL: tl.constexpr, HAS_SCALE: tl.constexpr,
+         PTX: tl.constexpr, RUN: tl.constexpr, NATIVE: tl.constexpr, PARTIAL: tl.constexpr, HAS_SCALE: tl.constexpr,
          HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
     """x [M, K] times a packed weight [N, K] -> out [M, N], contiguous; program (tile of N and M, part of K).
 
@@ -36,7 +36,7 @@ def gemm(x_ptr, x_scale_ptr, x_global_ptr, packed_ptr, scale_ptr, global_ptr, ou
         packed_ptr, scale_ptr, global_ptr: u8 [N, blocks * 8], u8 [N, blocks], fp32 [].
         out_ptr: [M, N]; with PARTIAL fp32 [parts, M, N] for `reduce`.
         channel_scale_ptr, bias_ptr, residual_ptr: [N], [N], [M, N] of any float dtype.
-        OP, PAIRS, PTX: see `operands`. PRECISE: see `_dot`.
+        OP, PAIRS, PTX, RUN: see `operands`. PRECISE: see `_dot`.
         NATIVE: with X_PACKED, let the matrix unit read the codes (sm_100 and later).
     """
     tile = tl.program_id(0)
@@ -55,13 +55,17 @@ def gemm(x_ptr, x_scale_ptr, x_global_ptr, packed_ptr, scale_ptr, global_ptr, ou
             ws, xs = ws.to(tl.float8e4nv, bitcast=True), xs.to(tl.float8e4nv, bitcast=True)
             acc = tl.dot_scaled(w, ws, "e2m1", x.T, xs, "e2m1", acc)
         else:
-            low, high = operands.packed_tile(packed_ptr, scale_ptr, n, n_mask, block, blocks, blocks, OP, BLOCKS, PTX)
+            low, high = operands.packed_tile(
+                packed_ptr, scale_ptr, n, n_mask, block, blocks, blocks, OP, BLOCKS, PTX, RUN
+            )
             if X_PACKED:
-                even, odd = operands.packed_tile(x_ptr, x_scale_ptr, m, m_mask, block, blocks, blocks, OP, BLOCKS, PTX)
+                even, odd = operands.packed_tile(
+                    x_ptr, x_scale_ptr, m, m_mask, block, blocks, blocks, OP, BLOCKS, PTX, RUN
+                )
                 even, odd = even.T, odd.T
             else:
                 pair = block * 8 + tl.arange(0, BLOCK_K // 2)
-                even, odd = operands.pair_tile(x_ptr, m.to(tl.int64) * x_row, m_mask, pair, K, OP, PAIRS)
+                even, odd = operands.pair_tile(x_ptr, m.to(tl.int64) * x_row, m_mask, pair, K, OP, PAIRS, RUN)
             acc = _dot(low, even, acc, PRECISE)
             acc = _dot(high, odd, acc, PRECISE)
     factor = tl.load(global_ptr)

@@ -57,6 +57,7 @@ def gemv(x_ptr, packed_ptr, scale_ptr, global_ptr, out_ptr, channel_scale_ptr, b
     block at once and multiplies their sum by the block's scale.
     """
     BLOCKS: tl.constexpr = BLOCK_K // 16
+    tl.static_assert(BLOCKS > 1, "gemv: a tile has two blocks of K or more")
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = n < N
     start = n.to(tl.int64)[:, None] * blocks
@@ -70,10 +71,9 @@ def gemv(x_ptr, packed_ptr, scale_ptr, global_ptr, out_ptr, channel_scale_ptr, b
         sums = ()
         for m in tl.static_range(M):
             row = x_ptr + m * x_row
-            dot = _dot(words.to(tl.int32), row, block * 16, K) + _dot(
-                (words >> 32).to(tl.int32), row, block * 16 + 8, K
-            )
-            sums = sums + (accs[m] + dot * factor,)
+            dot = _dot(words.to(tl.int32), row, block * 16, K)
+            dot += _dot((words >> 32).to(tl.int32), row, block * 16 + 8, K)
+            sums = sums + (accs[m] + dot * factor,)  # type: ignore[assignment]
         accs = sums
     unit = tl.load(global_ptr) * 16384.0
     for m in tl.static_range(M):

@@ -27,6 +27,8 @@ from fp4fx.ops.epilogue import check_epilogue
 from fp4fx.ops.library import check_input, check_weight
 from fp4fx.policy import Compute
 
+_RUN = {tuning.INTERPRETER: 0, "sm_80": 4, "sm_90": 2, "sm_100": 0, "sm_120": 4}
+"""RUN of `operands.spread` for the matrix unit of a family; tcgen05 gives a whole row to a thread as it is."""
 Schedule = Literal["gemv", "split_k", "gemm", "decode"]
 
 _REDUCE_BLOCK = 1024
@@ -66,9 +68,8 @@ def linear(
     n = packed.shape[0]
     shape = (*x.shape[:-1], n)
     y = torch.empty(shape, dtype=out_dtype, device=x.device)
-    if residual is not None:
-        found = residual.shape
-        torch._check(found == y.shape, lambda: f"residual: found {list(found)}, expected the result's {list(y.shape)}")
+    found = y.shape if residual is None else residual.shape
+    torch._check(found == y.shape, lambda: f"residual: found {list(found)}, expected the result's {list(y.shape)}")
     m = math.prod(shape[:-1])
     if m == 0 or n == 0:
         return y
@@ -188,7 +189,8 @@ def _gemm(operands: _Operands, after: _Epilogue, y: Tensor, m: int, n: int, tile
         operands.packed, scale, operands.global_scale, out, *following.pointers(y), m, n, operands.k,
         x.stride(0) // 2 if pairs else x.stride(0), scale.shape[1],
         OP=op, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, X_PACKED=x_packed, PAIRS=pairs,
-        PRECISE=precise, PTX=not interpreted, NATIVE=native is not None, PARTIAL=parts > 1, **following.flags(),
+        PRECISE=precise, PTX=not interpreted,
+        RUN=_RUN[family], NATIVE=native is not None, PARTIAL=parts > 1, **following.flags(),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if parts > 1:
@@ -284,7 +286,7 @@ def _gemm_variant(family: str, tile: tuning.Tile, x: Any, after: dict[str, Any],
     op = tl.float32 if precise else tl.float16 if x == tl.float16 else tl.bfloat16
     constants = {"OP": op, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
                  "X_PACKED": packed, "PAIRS": 0 if packed or x == tl.float32 else pairs, "PRECISE": precise,
-                 "PTX": True, "NATIVE": native, "PARTIAL": partial, **after}  # fmt: skip
+                 "PTX": True, "RUN": _RUN[family], "NATIVE": native, "PARTIAL": partial, **after}  # fmt: skip
     kind = "native w4a4" if native else "w4a4" if packed else f"pairs={constants['PAIRS']}"
     name = f"gemm {x} {kind}{' precise' * precise}{' partial' * partial} {after['ACTIVATION']}"
     matrix = "block_scale" if native else _MATRIX[family]
@@ -304,21 +306,20 @@ def variants() -> Iterator[Variant]:
     bf16, fp16, fp32 = tl.bfloat16, tl.float16, tl.float32
     for family in tuning.FAMILIES:
         yield _reduce_variant(family, bf16)
-        for tile in tuning.tiles("gemv", family):
-            rows = range(1, _GEMV_ROWS + 1)
-            yield from (_gemv_variant(family, _gemv_tile(tile, m), bf16, m, _FULL) for m in rows)
+        for m in range(1, _GEMV_ROWS + 1):
+            for tile in dict.fromkeys(_gemv_tile(tile, m) for tile in tuning.tiles("gemv", family)):
+                yield _gemv_variant(family, tile, bf16, m, _FULL)
         for tile in tuning.tiles("split_k", family):
             yield _gemm_variant(family, tile, bf16, _BARE, partial=True)
             yield from _packed_variants(family, tile, partial=True)
         for tile in tuning.tiles("gemm", family):
             yield _gemm_variant(family, tile, bf16, _FULL)
             yield from _packed_variants(family, tile)
-        for op in ("split_k", "gemm"):
-            tile = tuning.tile(op, family, 32 if op == "split_k" else 128, 4096, 4096)
-            yield _gemm_variant(family, tile, fp16, _FULL)
-            yield _gemm_variant(family, tile, bf16, _BARE, pairs=0)
-            yield _gemm_variant(family, tile, fp32, _BARE)
-            yield _gemm_variant(family, _precise_tile(tile), fp32, _BARE, precise=True)
+        tile = tuning.tile("gemm", family, 32, 4096, 4096)
+        yield _gemm_variant(family, tile, fp16, _FULL)
+        yield _gemm_variant(family, tile, bf16, _BARE, pairs=0)
+        yield _gemm_variant(family, tile, fp32, _BARE)
+        yield _gemm_variant(family, _precise_tile(tile), fp32, _BARE, precise=True)
         yield _gemv_variant(family, tuning.tile("gemv", family, 1, 4096, 4096), fp32, 1, _BARE)
 
 

@@ -15,7 +15,7 @@ from fp4fx.kernels.triton import codec
 
 @triton.jit
 def packed_tile(packed_ptr, scale_ptr, row, row_mask, block, end, row_blocks, OP: tl.constexpr, BLOCKS: tl.constexpr,
-                PTX: tl.constexpr):  # fmt: skip
+                PTX: tl.constexpr, RUN: tl.constexpr = 0):  # fmt: skip
     """Blocks `block`, `block + 1`, ... of some packed rows -> their even and odd values over `codec.unit(OP)`.
 
     Args:
@@ -26,12 +26,13 @@ def packed_tile(packed_ptr, scale_ptr, row, row_mask, block, end, row_blocks, OP
         OP: dtype of the operands, bf16, fp16 or fp32.
         BLOCKS: blocks of the tile, a power of two.
         PTX: decode by inline PTX (bf16 and fp16), which the interpreter cannot run; the same bits.
+        RUN: the order of K, the same for both operands of a dot: see `spread`.
 
     Returns:
         (low, high), both OP [R, BLOCKS * 8].
     """
     codes, scale = load_packed(packed_ptr, scale_ptr, row, row_mask, block, end, row_blocks, BLOCKS)
-    return halves(codes, codec.operand_scale(scale, OP), OP, PTX)
+    return halves(codes, codec.operand_scale(scale, OP), OP, PTX, RUN)
 
 
 @triton.jit
@@ -46,11 +47,31 @@ def load_packed(packed_ptr, scale_ptr, row, row_mask, block, end, row_blocks, BL
 
 
 @triton.jit
-def halves(codes, factor, OP: tl.constexpr, PTX: tl.constexpr):
+def spread(tile, RUN: tl.constexpr):
+    """[R, C] -> the same values, within each 64 columns in the order in which 16 neighbours come to one thread.
+
+    Four threads share a row of a matrix unit's left operand, each holds RUN neighbours of every 4 * RUN columns. In
+    this order those are whole blocks: a thread decodes two scales where it would decode eight, and reads 16 bytes at
+    once. RUN is 2 for wgmma, 4 for mma.sync with an operand made of bytes. With 0, or fewer than 32 columns, nothing
+    moves.
+    """
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1]
+    GROUP: tl.constexpr = 64 if columns % 64 == 0 else 32
+    if RUN == 0 or columns % GROUP != 0:
+        return tile
+    else:
+        runs = tile.reshape(rows, columns // GROUP, 4, GROUP // 4 // RUN, RUN)
+        return runs.permute(0, 1, 3, 2, 4).reshape(rows, columns)
+
+
+@triton.jit
+def halves(codes, factor, OP: tl.constexpr, PTX: tl.constexpr, RUN: tl.constexpr = 0):
     """Bytes u8 [R, B * 8] and `codec.operand_scale` OP [R, B] -> (low, high) OP [R, B * 8], see `packed_tile`."""
     rows: tl.constexpr = factor.shape[0]
     blocks: tl.constexpr = factor.shape[1]
-    factor = tl.broadcast_to(factor[:, :, None], (rows, blocks, 8)).reshape(rows, blocks * 8)
+    factor = spread(tl.broadcast_to(factor[:, :, None], (rows, blocks, 8)).reshape(rows, blocks * 8), RUN)
+    codes = spread(codes, RUN)
     if PTX and OP == tl.bfloat16:
         return tl.inline_asm_elementwise(DECODE_BF16, _REGISTERS, [codes, factor], (tl.bfloat16, tl.bfloat16), True, 4)
     elif PTX and OP == tl.float16:
@@ -87,7 +108,7 @@ DECODE_FP16 = tl.constexpr(
 
 
 @triton.jit
-def pair_tile(x_ptr, row, row_mask, pair, K, OP: tl.constexpr, PAIRS: tl.constexpr):
+def pair_tile(x_ptr, row, row_mask, pair, K, OP: tl.constexpr, PAIRS: tl.constexpr, RUN: tl.constexpr = 0):
     """Values 2j and 2j + 1 of some rows, j in `pair` -> (even, odd), both OP [P, R]: the right-hand sides of dots.
 
     Args:
@@ -99,13 +120,15 @@ def pair_tile(x_ptr, row, row_mask, pair, K, OP: tl.constexpr, PAIRS: tl.constex
         OP: dtype of the operands; a 16-bit x is exact in its own dtype and in fp32.
         PAIRS: 0, or 2, 4, 8, 16: read two 16-bit values at once. x_ptr and the rows are aligned to two values, and K is
             a multiple of PAIRS.
+        RUN: that of the `packed_tile` it is multiplied with.
     """
     if PAIRS:
         half = tl.multiple_of(K // 2, PAIRS // 2)  # lets a vector of PAIRS values have one mask
         at = x_ptr.to(tl.pointer_type(tl.int32)) + row[None, :] + pair[:, None]
         pairs = tl.load(at, mask=row_mask[None, :] & (pair < half)[:, None], other=0)
-        return split_pairs(pairs, x_ptr.dtype.element_ty, OP)
+        return split_pairs(spread(pairs.T, RUN).T, x_ptr.dtype.element_ty, OP)
     else:
+        pair = spread(pair[None, :], RUN).reshape(pair.shape[0])  # single values are read in any order
         at = x_ptr + row[None, :] + 2 * pair[:, None]
         even = tl.load(at, mask=row_mask[None, :] & (2 * pair < K)[:, None], other=0.0)
         odd = tl.load(at + 1, mask=row_mask[None, :] & (2 * pair + 1 < K)[:, None], other=0.0)
