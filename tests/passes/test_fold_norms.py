@@ -1,4 +1,4 @@
-"""Norms and activations behind convolutions that stay dense."""
+"""Norms behind convolutions that stay dense."""
 
 import pytest
 import torch
@@ -11,15 +11,13 @@ from fp4fx.passes.expose_qdq import expose_qdq
 from fp4fx.passes.fold_norms import fold_norms
 from fp4fx.passes.fold_parameters import fold_parameters
 from fp4fx.passes.fuse_conv import fuse_conv
-from fp4fx.passes.fuse_dense import fuse_dense
 from fp4fx.passes.fuse_epilogue import fuse_epilogue
 from fp4fx.passes.restride import restride
 from tests.passes.graphs import Captured, assert_true_strides, conv
-from tests.passes.test_fuse_epilogue import ACTIVATIONS, norm
+from tests.passes.test_fuse_epilogue import norm
 
 BEFORE = (canonicalize, expose_qdq, fuse_conv, fuse_epilogue, fold_norms)
-AFTER = (channels_last, restride, fuse_dense, fold_parameters)
-LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+AFTER = (channels_last, restride, fold_parameters)
 
 
 def folded(function, *inputs, expect=1, **kwargs):
@@ -28,10 +26,6 @@ def folded(function, *inputs, expect=1, **kwargs):
     g.apply(*AFTER)
     g.inputs += [part for folded in g.ctx.folded for part in folded.parts]
     return g
-
-
-def library_ops(g):
-    return [n for n in g.gm.graph.nodes if str(n.target).startswith("mkldnn.")]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -47,45 +41,6 @@ def test_the_weight_holds_the_norm(cls, shape, affine, bias):
     assert not g.count("aten.batch_norm") and not g.count("aten.rsqrt")
     g.check()
     assert_true_strides(g)
-
-
-def bf16(function, x=None, expect=1):
-    x = torch.randn(2, 16, 7, 6) if x is None else x
-    return folded(function, x.bfloat16(), expect=expect)
-
-
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bf16 in oneDNN here")
-@pytest.mark.parametrize("name", list(ACTIVATIONS))
-def test_onednn_applies_activations_in_bf16(name):
-    first, dense = conv(nn.Conv2d, 16, 16, 1).bfloat16(), nn.Conv2d(16, 16, 3, padding=1, groups=16).bfloat16()
-    bn, spelling = norm(16).bfloat16(), ACTIVATIONS[name][0]
-    g = bf16(lambda x: spelling(bn(dense(first(x)))))
-    assert len(library_ops(g)) == 1
-    g.check(5e-2)
-    assert_true_strides(g)
-
-
-@pytest.mark.parametrize(
-    ("x", "dtype"),
-    [(torch.randn(2, 16, 7, 6), torch.float32), (torch.randn(2, 16, 1, 1), torch.bfloat16)],
-    ids=["fp32", "no format to see"],
-)
-def test_other_activations_stay_with_inductor(x, dtype):
-    first, dense = conv(nn.Conv2d, 16, 16, 1).to(dtype), nn.Conv2d(16, 16, 3, padding=1, groups=16).to(dtype)
-    g = folded(lambda x: F.relu(dense(first(x))), x.to(dtype), expect=0)
-    assert not library_ops(g)
-    g.check(1e-5 if dtype == torch.float32 else 5e-2)
-    assert_true_strides(g)
-
-
-def test_an_activation_of_a_result_that_others_read_stays():
-    first, dense = conv(nn.Conv2d, 16, 16, 1).bfloat16(), nn.Conv2d(16, 16, 3, padding=1).bfloat16()
-
-    def f(x):
-        y = dense(first(x))
-        return F.relu(y) + y
-
-    assert not library_ops(bf16(f, expect=0))
 
 
 @pytest.mark.parametrize("case", ["training", "read elsewhere", "large", "computed weight", "unfused graph"])

@@ -364,7 +364,12 @@ def _named(prefix: str, values: Sequence[int]) -> dict[str, int]:
 
 def _calls(t: _Product, y: Tensor, g: Geometry, family: str, parts: int | None = None) -> Iterator[_Call]:
     """What computes y [B, N, *spatial], which is dense; its dtype is that of x, or what x decodes to."""
-    quantized, batch, rows, channels = t.x_scale is not None, y.shape[0], y.shape[1] // t.groups, t.in_channels // t.groups
+    quantized, batch, rows, channels = (
+        t.x_scale is not None,
+        y.shape[0],
+        y.shape[1] // t.groups,
+        t.in_channels // t.groups,
+    )
     op = _operand_dtype(y.dtype, quantized, t.compute, family)
     m, phases = batch * g.pixels, math.prod(g.phases)
     tile, flat, steps = _walk(family, m, rows, channels, g.taps)
@@ -389,7 +394,14 @@ def _calls(t: _Product, y: Tensor, g: Geometry, family: str, parts: int | None =
     strides |= {**_named("y", y.stride()[2:]), "y_part": y.numel()}
     geometry = {name.upper(): getattr(g, name) for name in _GEOMETRY}
     fours = not flat and math.gcd(channels // BLOCK, tile.block_k // BLOCK, t.scale.data_ptr()) % 4 == 0
-    constants = {"FLAT": flat, "FOURS": fours, "PAIRS": pairs, "PART": parts > 1, "ACTIVATION": t.activation, "OP": _TRITON[op]}
+    constants = {
+        "FLAT": flat,
+        "FOURS": fours,
+        "PAIRS": pairs,
+        "PART": parts > 1,
+        "ACTIVATION": t.activation,
+        "OP": _TRITON[op],
+    }
     constants |= {"PRECISION": "tf32x3", "PTX": family != "interpreter" and op != torch.float32}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     pointers = {"x_ptr": pixels, "x_scale_ptr": t.x_scale, "packed_ptr": t.packed, "scale_ptr": t.scale, "y_ptr": sums}
@@ -398,7 +410,9 @@ def _calls(t: _Product, y: Tensor, g: Geometry, family: str, parts: int | None =
         sizes = {"size": y.numel(), "rows": y.shape[1], "inner": y.stride(1), "parts": parts}
         constants = {"ACTIVATION": t.activation, "OP": _TRITON[op], "BLOCK": _SUM_BLOCK}
         grid = (triton.cdiv(y.numel(), _SUM_BLOCK), 1, 1)
-        yield _Call(_sum, grid, {"parts_ptr": sums, "y_ptr": y} | follows | sizes, constants, tile._replace(num_warps=4))
+        yield _Call(
+            _sum, grid, {"parts_ptr": sums, "y_ptr": y} | follows | sizes, constants, tile._replace(num_warps=4)
+        )
 
 
 # --- ops --------------------------------------------------------------------------------------------------------------
@@ -485,6 +499,8 @@ def conv_transpose(
 
 def _run(t: _Product, g: Geometry, dtype: torch.dtype | None, parts: int | None) -> Tensor:
     """Checks, the memory of the result, and the launches."""
+    if t.x_scale is None and dtype is not None and dtype != t.x.dtype:
+        t = t._replace(x=t.x.to(dtype))  # operands are of the result's dtype
     result = _check(t, g, dtype)
     last = _channels_last(t.x)
     if g.is_pointwise and t.groups == 1 and parts is None and (last or math.prod(g.inner) == 1):
@@ -584,8 +600,14 @@ def _example(name: str, dtype: torch.dtype, **changes: Any) -> tuple[_Product, T
 
     x = empty(shape[0], *shape[2:], shape[1], dtype=dtype).movedim(-1, 1)
     y = empty(shape[0], *g.outer[5 - len(shape) :], n, dtype=dtype).movedim(-1, 1)
-    blocks, one, vector = triton.cdiv(shape[1] // groups * g.taps, BLOCK), empty(dtype=torch.float32), empty(n, dtype=dtype)
-    t = _Product(x, None, None, empty(n, 8 * blocks), empty(n, blocks), one, vector, None, None, shape[1], groups, "none", "bf16")
+    blocks, one, vector = (
+        triton.cdiv(shape[1] // groups * g.taps, BLOCK),
+        empty(dtype=torch.float32),
+        empty(n, dtype=dtype),
+    )
+    t = _Product(
+        x, None, None, empty(n, 8 * blocks), empty(n, blocks), one, vector, None, None, shape[1], groups, "none", "bf16"
+    )
     if changes.pop("packed", False):
         lead, x_blocks = (shape[0], *shape[2:]), triton.cdiv(shape[1], BLOCK)
         t = t._replace(x=empty(*lead, 8 * x_blocks), x_scale=empty(*lead, x_blocks), x_global_scale=one)

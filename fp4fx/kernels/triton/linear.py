@@ -59,7 +59,9 @@ def linear(
     """
     check_weight(packed, scale, global_scale, in_features)
     check_input(x, x_scale, dtype, in_features, -1)
-    out_dtype = x.dtype if x_scale is None or dtype is None else dtype
+    if x_scale is None and dtype is not None:
+        x = x.to(dtype)  # operands are of the result's dtype
+    out_dtype = x.dtype if dtype is None else dtype
     check_epilogue(residual, out_dtype, activation, compute)
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):  # a kernel is launched on the current one
