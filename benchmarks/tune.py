@@ -85,10 +85,14 @@ def _rules(family: str) -> Iterator[tuple[str, int | None, int | None, int | Non
     for low, m in ((65, 128), (129, 256), (257, 512), (513, 2048), (2049, None)):
         for low_n, n in ((512, 2048), (2048, 4096), (4096, 8192), (8192, None)):
             yield "gemm", m, n, None, _fitting(_filling(low, low_n + 1, family), family)
-    for m in (16, 32, 512, 4096, None):  # of the parts a convolution takes as many as fill the device
-        for n in (64, None):
-            rows = 64 if n or m else 128
-            yield "conv", m, n, None, _fitting(Tile(min(m or 128, 64 if m and m <= 512 else 128), rows, 64, 16), family)
+    for m, n, block_m, block_n in (
+        *((16, None, 16, 64), (32, None, 32, 64), (4096, None, 64, 64), (16384, None, 128, 64)),
+        *((None, 64, 128, 64), (None, None, 128, 128)),
+    ):  # of the parts a convolution takes as many as fill the device
+        tile = Tile(block_m, block_n, 64, 16, 8 if block_m * block_n == 128 * 128 else 4)
+        if family in ("sm_80", "sm_120") and block_m >= 64:  # mma.sync has x in registers
+            tile = tile._replace(block_n=64, num_warps=8)
+        yield "conv", m, n, None, _fitting(tile, family)
     for op in ("quantize", "dequantize"):
         yield op, None, None, None, Tile(8, 1, 512)
 

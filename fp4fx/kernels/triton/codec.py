@@ -1,7 +1,7 @@
-"""E2M1 and E4M3 inside Triton kernels: integer arithmetic that the interpreter, every NVIDIA GPU since sm_80 and
-`fp4fx.nvfp4` agree on bit by bit. Scales are uint8 throughout, since sm_80 has no fp8 pointers.
+"""E2M1 and E4M3 inside Triton kernels.
 
-The plain-PyTorch twin of each piece is the function of the same name in `fp4fx.nvfp4`.
+Integer arithmetic that the interpreter, every NVIDIA GPU since sm_80 and `fp4fx.nvfp4` agree on bit by bit. Scales are
+uint8 throughout, since sm_80 has no fp8 pointers. The plain-PyTorch twin of each piece is the function of the same name in `fp4fx.nvfp4`.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def encode_e2m1(x):
 
 @triton.jit
 def _half(code):
-    """Codes -> values fp16 times 2**-14: the bits of E2M1 are the last of fp16's exponent and the first of its mantissa."""
+    """Codes -> values fp16 times 2**-14: E2M1's bits are the last of fp16's exponent and the first of its mantissa."""
     c = code.to(tl.int32)
     return (((c & 8) << 12) | ((c & 7) << 9)).to(tl.int16).to(tl.float16, bitcast=True)
 
 
-# --- operands of a product ----------------------------------------------------------------------------------------------
-# A code times its scale has six significant bits, so it is exact in bf16 and fp16. The bits of a code are those of a very
-# small number; its scale makes up for as much of that as its own range allows, the epilogue for the rest (`UNIT`).
+# --- operands of a product --------------------------------------------------------------------------------------------
+# A code times its scale has six significant bits, so it is exact in bf16 and fp16. The bits of a code are those of a
+# very small number; its scale makes up for as much of that as its own range allows, the epilogue for the rest (`unit`).
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def operand_scale(byte, OP: tl.constexpr):
 
 @triton.jit
 def operand(code, factor, OP: tl.constexpr):
-    """Codes, integers [...] (bits 0 to 3), and `operand_scale` -> code times scale, exact, over `unit(OP)`: OP [...]."""
+    """Codes, integers [...] (bits 0 to 3), and `operand_scale` -> code times scale, exact, over `unit`: OP [...]."""
     c = code.to(tl.int32)
     if OP == tl.bfloat16:
         bits = ((c & 8) << 12) | ((c & 7) << 6)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fp4fx.errors import LayoutError
 
 Axes = tuple[int, int, int]
+_T = TypeVar("_T")
 
 
 class Geometry(NamedTuple):
@@ -71,8 +72,8 @@ def geometry(
     extra = output_padding or (0,) * rank
     if not 1 <= rank <= 3 or {len(a) for a in (inner, stride, padding, dilation, extra)} != {rank}:
         raise LayoutError(
-            f"a convolution has one to three spatial axes, and as many of everything; found x {inner}, kernel {kernel}, "
-            f"stride {stride}, padding {padding}, dilation {dilation}, output_padding {extra}"
+            "a convolution has one to three spatial axes, and as many of everything; found x "
+            f"{inner}, kernel {kernel}, stride {stride}, padding {padding}, dilation {dilation}, output_padding {extra}"
         )
     if min(*kernel, *stride, *dilation) < 1 or min(padding) < 0:
         raise LayoutError(
@@ -91,20 +92,20 @@ def geometry(
         for p, k, s, e in zip(padding, kernel, stride, extra, strict=True)
     ]
     return Geometry(
-        kernel=_axes(kernel),
-        stride=_axes(stride),
+        kernel=_axes(kernel, 1),
+        stride=_axes(stride, 1),
         padding=_axes(padding, 0),
-        dilation=_axes(dilation),
-        inner=_axes(inner),
-        outer=_axes(outer),
+        dilation=_axes(dilation, 1),
+        inner=_axes(inner, 1),
+        outer=_axes(outer, 1),
         transposed=transposed,
-        phases=_axes([min(s, o) for s, o in zip(stride, outer, strict=True)]) if transposed else (1, 1, 1),
-        common=_axes(common),
+        phases=_axes([min(s, o) for s, o in zip(stride, outer, strict=True)], 1) if transposed else (1, 1, 1),
+        common=_axes(common, 1),
         inverse=_axes([pow(d // g, -1, s // g) for s, d, g in zip(stride, dilation, common, strict=True)], 0),
         bounded=_axes(bounded, False),
     )
 
 
-def _axes(values: Sequence[int], fill: int = 1) -> Axes:
+def _axes(values: Sequence[_T], fill: _T) -> tuple[_T, _T, _T]:
     first, second, third = (*(fill,) * (3 - len(values)), *values)
     return first, second, third

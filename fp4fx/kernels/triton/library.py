@@ -36,7 +36,7 @@ def refuse(request: Request) -> str | None:
 @functools.cache
 def _library() -> Any:
     """Defines the ops; on the CPU they run where Triton's interpreter does."""
-    library: Any = torch.library.Library("fp4fx_triton", "DEF")  # type: ignore[no-untyped-call]
+    library: Any = torch.library.Library("fp4fx_triton", "DEF")
     for name in OPS:
         of_body = getattr(torch.ops.fp4fx, name).default
         schema = str(of_body._schema).removeprefix(f"fp4fx::{name}")
