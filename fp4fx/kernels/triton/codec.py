@@ -1,7 +1,8 @@
 """E2M1 and E4M3 inside Triton kernels.
 
 Integer arithmetic that the interpreter, every NVIDIA GPU since sm_80 and `fp4fx.nvfp4` agree on bit by bit. Scales are
-uint8 throughout, since sm_80 has no fp8 pointers. The plain-PyTorch twin of each piece is the function of the same name in `fp4fx.nvfp4`.
+uint8 throughout, since sm_80 has no fp8 pointers. The plain-PyTorch twin of each piece is the function of the same name
+in `fp4fx.nvfp4`.
 """
 
 from __future__ import annotations
