@@ -68,7 +68,7 @@ def test_without_a_library_the_reason_is_that_of_the_build(monkeypatch):
 
 
 def test_on_another_device_it_is_no_choice():
-    kernel, reasons = select(replace(REQUEST, target=Target("cuda", "a card", frozenset())), KERNELS)
+    kernel, reasons = select(replace(REQUEST, target=Target("xpu", "a card", frozenset())), KERNELS)
     assert (kernel.name, reasons) == ("inductor", ())
     assert cpu.KERNEL.device == "cpu"
 
