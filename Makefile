@@ -9,7 +9,7 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench sanitize clean
+.PHONY: demo test check bench sanitize aot gpu-check clean
 
 demo: $(DEMO)
 	$(PY) -m fp4fx demo
@@ -31,6 +31,14 @@ bench: $(DEV)
 # The CPU kernels under AddressSanitizer and UBSan, at every instruction set that this machine has.
 sanitize: $(DEV)
 	$(PY) -m tests.kernels.sanitize $(TIERS)
+
+# The Triton kernels compiled for GPUs that need not be here: registers, spills, shared memory, matrix instructions.
+aot: $(DEV)
+	$(PY) -m fp4fx.kernels.triton.aot $(ARGS)
+
+# Tests and timings on the GPU that is here; ARGS=--dry goes through all of it on the CPU.
+gpu-check: $(DEV)
+	PYTHON=$(PY) benchmarks/gpu_check.sh $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -104,6 +104,7 @@ def images(
     x: Tensor,
     device: torch.device,
     *,
+    policy: fp4fx.Policy,
     modes: dict[str, str | None],
     rounds: int,
     end: float,
@@ -114,6 +115,7 @@ def images(
         make: the model in fp32 on the CPU.
         x: its input fp32, in channels_last on the device.
         device: where it runs.
+        policy: of fp4fx.
         modes: of torch.compile for the peer, by name.
         rounds: measured calls.
         end: `time.perf_counter()` after which no further candidate is begun.
@@ -122,7 +124,7 @@ def images(
     model = make().eval().to(dtype).to(device).to(memory_format=torch.channels_last)
     x = x.to(dtype)
     expected = model(x).double()
-    ways: dict[str, Callable[[], tuple[Any, nn.Module]]] = {"fp4fx": lambda: _ours(model, (x,), fp4fx.Policy())}
+    ways: dict[str, Callable[[], tuple[Any, nn.Module]]] = {"fp4fx": lambda: _ours(model, (x,), policy)}
     for name, mode in modes.items():
         ways[name] = functools.partial(_inductor, model, mode)
     for name, way in ways.items():

@@ -75,7 +75,7 @@ def compare(
         except Exception as error:  # noqa: BLE001  (whatever a candidate raises is the reason of its row)
             found[name] = Measured(reason=reason(error))
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(-1, rounds):
+    for number in range(-1 if device.type == "cuda" else 0, rounds):  # one round more, to warm up
         for name in runs if number % 2 else reversed(runs):
             call, calls, _ = runs[name]
             milliseconds = once(call, device) / calls
@@ -119,7 +119,6 @@ def _ready(calls: Sequence[Call], device: torch.device) -> tuple[Call, int, bool
         for call in calls:
             call()
 
-    every()
     return every, len(calls), False
 
 
