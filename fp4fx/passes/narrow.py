@@ -27,6 +27,9 @@ _DTYPE, _RESIDUAL, _COMPUTE = -5, -3, -1
 _CARRIERS = RESHAPES | TRANSPOSES | CUTS | {"contiguous", "detach", "alias", "expand", "squeeze", "movedim"}
 """Calls that give the values of their first argument in its dtype."""
 
+_FEW = 1 << 14
+"""Values up to which a result lies in the first-level cache, where half the bytes save no time."""
+
 _LOOPS = """
 add iadd radd sub isub rsub mul imul div truediv itruediv neg pow square abs exp log sqrt rsqrt reciprocal
 maximum minimum clamp clamp_min clamp_max clip where lerp addcmul
@@ -46,7 +49,7 @@ def narrow(gm: GraphModule, ctx: Context) -> int:
     any case, or the residual of one that answers bf16 too, or a loop that Inductor writes, which gets it cast back to
     fp32. A residual that loops read as well stays in fp32, as in transformers, whose norms read the sum of all layers,
     to which each rounding would add. What a loop gives to the x of a fused op is cast to bf16 at its end. Results of
-    the graph and what anything else reads stay as they are; so do processors without products of bf16.
+    the graph, what anything else reads and what is small stay as they are; so do processors without products of bf16.
 
     Before: `z = fp4fx.linear(F.gelu(fp4fx.linear(x, ...)), ...)`
     After: `y = fp4fx.linear(x, ..., dtype=bf16)`, `z = fp4fx.linear(F.gelu(y.to(fp32)).to(bf16), ..., dtype=fp32)`
@@ -87,6 +90,8 @@ class _Narrow:
         return len(self.chosen) < before
 
     def _objection(self, node: Node) -> str:
+        if _is_small(node):
+            return "small"
         if any(self._is_written(n) for n in (node, *_carriers(node))):
             return "written to in place"
         residual = arguments(node)[_RESIDUAL]
@@ -112,7 +117,8 @@ class _Narrow:
 
     def _may_end_narrow(self, node: Node) -> bool:
         """Whether a loop that Inductor writes can store this value in bf16."""
-        return name_of(_origin(node)) in _FUSED_BY_INDUCTOR and not self._is_written(node)
+        is_loop = name_of(_origin(node)) in _FUSED_BY_INDUCTOR
+        return is_loop and not _is_small(node) and not self._is_written(node)
 
     def _answer_narrow(self, node: Node) -> None:
         node.update_arg(len(node.args) + _DTYPE, torch.bfloat16)
@@ -153,6 +159,11 @@ class _Narrow:
 
 def _is_fp32(node: Node) -> bool:
     return bool(value(node).dtype == value(arguments(node)[0]).dtype == torch.float32)
+
+
+def _is_small(node: Node) -> bool:
+    numel = value(node).numel()
+    return isinstance(numel, int) and numel <= _FEW
 
 
 def _refusal(node: Node, ctx: Context) -> str:

@@ -129,7 +129,7 @@ def test_bf16_between_layers_that_round_to_it_anyway_costs_no_accuracy(cpu_ops):
     model = nn.Sequential(
         nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64), nn.Linear(64, 64)
     ).eval()
-    x, found, counts = torch.randn(40, 64), [], []
+    x, found, counts = torch.randn(300, 64), [], []
     for compute in ("bf16", "bf16_operands"):
         packed = fp4fx.quantize(model, fp4fx.Policy(skip_first=0, skip_last=0, compute=compute))
         compiled = torch.compile(packed, backend="fp4fx", fullgraph=True)

@@ -30,6 +30,7 @@ def _machine(monkeypatch):
     """A processor with products of bf16, and kernels that use them."""
     monkeypatch.setattr(MODULE, "target_of", lambda _: Target("cpu", "a processor", frozenset({"amx_bf16"})))
     monkeypatch.setattr(MODULE, "choose", lambda node, ctx: (cpu.KERNEL, ()))
+    monkeypatch.setattr(MODULE, "_FEW", 0)
 
 
 def narrowed(function, *inputs, expect, tolerance=2e-2, **kwargs):
@@ -225,6 +226,14 @@ def test_the_policy_can_say_no(compute):
     )
     g = narrowed(layers, ROWS, expect=0)
     assert list(g.ctx.between.values())[1] == f"compute={compute!r}"
+
+
+def test_what_is_small_stays(monkeypatch):
+    a, b = square(), square()
+    monkeypatch.setattr(MODULE, "_FEW", ROWS.numel())
+    g = narrowed(lambda x: b(a(x + 1)), ROWS, expect=0)
+    assert dtypes(g) == ["f-f", "f-f"] and set(g.ctx.between.values()) == {"small"}
+    assert dtypes(narrowed(lambda x: b(a(x + 1)), torch.randn(5, 32), expect=1)) == ["b-b", "b-f"]
 
 
 def test_int8_layers_take_part():

@@ -79,12 +79,21 @@ def _operand_dtype(dtype: torch.dtype, quantized: bool, compute: str, family: st
     return torch.bfloat16
 
 
-def _walk(family: str, m: int, rows: int, channels: int, taps: int) -> tuple[tuning.Tile, bool, int]:
-    """For m pixels: the tile, whether K is walked flat, and how many steps that takes."""
+def _walk(
+    family: str, m: int, rows: int, channels: int, taps: int, x: torch.dtype, op: torch.dtype
+) -> tuple[tuning.Tile, bool, int]:
+    """For m pixels of dtype x: the tile, whether K is walked flat, and how many steps that takes.
+
+    The table's tiles are for 16 bits and whole blocks of channels: others have less room in shared memory, and where
+    every value has an address of its own, in registers.
+    """
     tile = tuning.tile("conv", family, m, rows, channels * taps)
     flat = channels % BLOCK != 0 or channels < 2 * BLOCK
+    if flat or op == torch.float32:
+        tile = tile._replace(block_m=min(tile.block_m, 64), block_n=min(tile.block_n, 64))
+    most = 32 if flat or x == torch.float32 else tile.block_k
     line, lines = (channels * taps, 1) if flat else (channels, taps)
-    sizes = [size for size in (128, 64, 32) if size <= (32 if flat else tile.block_k)]
+    sizes = [size for size in (128, 64, 32) if size <= most]
     block_k = min(sizes, key=lambda size: (triton.cdiv(line, size) * size, -size))
     block_n = min(tile.block_n, max(16, triton.next_power_of_2(rows)))
     return tile._replace(block_k=block_k, block_n=block_n), flat, triton.cdiv(line, block_k) * lines
@@ -108,7 +117,7 @@ def _calls(t: _Product, y: Tensor, g: Geometry, family: str, parts: int | None =
     rows, channels = y.shape[1] // t.groups, t.in_channels // t.groups
     op = _operand_dtype(y.dtype, quantized, t.compute, family)
     m, phases = batch * g.pixels, math.prod(g.phases)
-    tile, flat, steps = _walk(family, m, rows, channels, g.taps)
+    tile, flat, steps = _walk(family, m, rows, channels, g.taps, t.x.dtype, op)
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(rows, tile.block_n) * t.groups
     if parts is None:
         parts = max(1, min(tile.split_k, _PROGRAMS // (tiles * phases), steps // 4))
