@@ -250,7 +250,7 @@ def int8_linear(x, packed, scale, g):
         c, s = codes[:, k : k + 4096], blocks[:, k // 16 : (k + 4096) // 16]
         most = s.amax(1, keepdim=True)
         fraction = (s * torch.where(most > 0, 32767 / most, 0)).round().long().repeat_interleave(16, 1)
-        w = (((c.long() * 2688 * fraction + 2**14) >> 15) + 128) >> 8
+        w = (((c.long() * 2687 * fraction + 2**14) >> 15) + 128) >> 8
         w = w[:, : x.shape[1] - k].double() * (most / 21 * 32768 / 32767)
         y += xq[:, k : k + 4096] @ w.T
     return y * x.abs().amax(1, keepdim=True).double() / 127 * g.double()
@@ -273,6 +273,17 @@ def test_int8_products_are_those_of_the_rounded_operands(tier, m, k, n):
         x.T.reshape(1, k, 1, m), *w, None, k, (1, 1), [1, 1], [0, 0], [1, 1], 1, compute="int8", tier=tier
     )
     assert torch.equal(same[0, :, 0].T, y)
+
+
+def test_int8_rounds_weights_to_no_side(tier):
+    """Which would add up over an input of one sign, as behind a ReLU."""
+    if tier not in INT8:
+        pytest.skip("no integer products")
+    x, w = torch.rand(64, 4096), packed((256, 4096))
+    args = (x, *w, None, 4096)
+    excess = torch.ops.fp4fx_cpu.linear(*args, compute="int8", tier=tier) - ops.linear(*args)
+    assert excess.mean().abs() < 4 * excess.mean(0).std() / 16
+    assert error(torch.ops.fp4fx_cpu.linear(*args, compute="int8", tier=tier), ops.linear(x.double(), *args[1:])) < 0.015
 
 
 def test_int8_of_an_infinity_is_nan_in_its_row_or_image_only(tier):

@@ -111,7 +111,9 @@ struct OpInt8 {
   static constexpr bool kInteger = true;
   static constexpr int kZero = 128;
   static constexpr DType kDType = DType::f32;  // before it is rounded
-  static constexpr int kUnit = 2688;  // of half a code, 10.5 in int8: of the largest scale 1, 2, 3, 4 and 6 are exact
+  // Of half a code: just below 10.5 in int8, so that of the largest scale 1, 2, 3, 4 and 6 are exact and no code is a tie,
+  // which would round towards one side and add up over inputs of one sign.
+  static constexpr int kUnit = 2687;
   struct RowScale {
     vf fraction;  // of the largest scale, times 2^15 - 1
   };
@@ -136,7 +138,7 @@ struct OpInt8 {
       largest[r] = _mm_cvtsi128_si32(s) & 0xff;
     }
     const vf scale = e4m3(largest);  // a NaN makes all of its row NaN
-    *factor = scale * (256.f / (2 * OpInt8::kUnit) * (32768.f / 32767.f));
+    *factor = scale * (32768.f / 32767.f / 21);  // 126 for 6
     return {scale > 0.f ? 32767.f / scale : splat(0)};
   }
 
