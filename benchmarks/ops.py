@@ -205,20 +205,28 @@ def main() -> None:
     where = {**bench.environment(), "versions": versions()}
     candidates = peers.linear_candidates(tiers=args.tiers)
     chosen = tuple(c for c in candidates if not args.only or any(text in c.name for text in args.only))
-    before = timing.read_rate()
+    rates = [_read_rate()]
     rows: list[Row] = []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:  # after every shape: all of them take long
+        record = {"environment": where, "read_gb_per_s": rates, "rows": rows}
+        args.out.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
     for shape in tqdm(args.shapes, unit="shape", disable=None):
         n, k = map(int, shape.split("x"))
         rows += linear(n, k, tuple(args.batches), chosen, args.rounds)
+        write()
     if not args.no_codec:
         rows += codec.measure(4096 if not args.quick else 2048, args.rounds)
-    rates = [timing.gigabytes_per_second(2**30, took.median) for took in (before, timing.read_rate())]
+    rates.append(_read_rate())
+    write()
     print(f"{bench.headline(where)}\nmemory read rate {rates[0]:.1f} GB/s before, {rates[1]:.1f} GB/s after\n")
-    print(f"{table(rows)}\n\n{standing(rows)}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"environment": where, "read_gb_per_s": rates, "rows": rows}
-    args.out.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-    print(f"\nwritten to {args.out}")
+    print(f"{table(rows)}\n\n{standing(rows)}\n\nwritten to {args.out}")
+
+
+def _read_rate() -> float:
+    return timing.gigabytes_per_second(2**30, timing.read_rate().median)
 
 
 if __name__ == "__main__":

@@ -148,3 +148,13 @@ def test_a_model_whose_process_dies_is_a_row():
     assert row["candidate"] == "all"
     assert "no_such_model" in row["reason"]
     assert row["reason"] in models.table([row])
+
+
+def test_an_update_keeps_what_is_not_measured_anew_unless_the_machine_is_another(tmp_path):
+    rows = [{"model": "resnet50", "batch": 1}, {"model": "resnet50", "batch": 8}]
+    where = {"device": "one", "torch": "2.15", "date": "yesterday"}
+    file = tmp_path / "models.json"
+    file.write_text(json.dumps({"environment": where, "rows": rows}), "utf-8")
+    assert models.others(file, {**where, "date": "today"}, [("resnet50", 8)]) == rows[:1]
+    with pytest.raises(SystemExit, match="found another torch; measure all of it anew"):
+        models.others(file, {**where, "torch": "2.16"}, [])
