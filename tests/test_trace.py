@@ -251,6 +251,32 @@ def test_data_dependent_python_is_opaque_and_its_layers_are_found():
     ]
 
 
+def test_what_only_an_optional_argument_leads_to_is_found_behind_an_opaque_module():
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.cross = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, memory=None):
+            return self.own(x) if memory is None else self.own(x) + self.cross(memory)
+
+    class Translate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Attend(), Attend()])
+
+        def forward(self, x, memory):
+            if x.sum() > 0:
+                x = -x
+            for block in self.blocks:
+                x = block(x, memory)
+            return x
+
+    result = trace(Translate())
+    assert [s.parameter for s in result.sites] == [f"blocks.{i}.{n}.weight" for i in (0, 1) for n in ("own", "cross")]
+    assert result.unreached == ()
+
+
 def test_export_that_fails_says_so_and_the_layers_are_found():
     result, without = trace(Routed(), torch.randn(2, 4)), trace(Routed())
     assert [s.parameter for s in result.sites] == [s.parameter for s in without.sites]
