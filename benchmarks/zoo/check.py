@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import resource
 import warnings
 from collections import Counter
@@ -23,6 +24,7 @@ from fp4fx.plan import Plan
 LARGEST = 300_000_000
 """Parameters above which a model is planned on the meta device alone."""
 UNSEEN = "never called in the trace"
+STOPPED = re.compile(r"not used before \S+(?= could)")
 
 Row = dict[str, Any]
 
@@ -76,7 +78,7 @@ def compiled(entry: Entry) -> Row:
     model = _real(trial)
     args, kwargs = trial.arguments("cpu")
     symbolic = {d.site.parameter for d in fp4fx.plan(model).decisions}
-    exact = fp4fx.plan(model, args, kwargs)
+    exact = fp4fx.plan(model, None, args, kwargs)
     packed = fp4fx.quantize(model, fp4fx.Policy(compute="fp32"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -144,7 +146,7 @@ def _planned(model: nn.Module, plan: Plan) -> Row:
         "quantized_sites": len(plan.quantized),
         "quantized": sum(unique.values()),
         "kept": dict(Counter(d.rule for d in plan.kept)),
-        "left_alone": dict(Counter(note.reason for note in plan.unreached)),
+        "left_alone": dict(Counter(STOPPED.sub("not used before its module", note.reason) for note in plan.unreached)),
         "opaque": len(plan.opaque),
         "unaccounted": sorted(set(weights) - sites - noted),
     }
