@@ -123,6 +123,11 @@ def _same(op: OpOverload, **more: Any) -> Python:
     return Python({"input": REQUIRED, **more}, spell)
 
 
+def _attribute(a: dict[str, Any]) -> Call | None:
+    op = {"T": aten.numpy_T.default, "mT": aten.mT.default}.get(a["name"])
+    return None if op is None else (op, (a["input"],))
+
+
 def _contiguous(a: dict[str, Any]) -> Call | None:
     return (aten.contiguous.default, (a["input"],)) if a["memory_format"] is torch.contiguous_format else None
 
@@ -168,6 +173,18 @@ FUNCTIONS: Mapping[Callable[..., Any], Python] = {
         },
         _embedding,
     ),
+    torch.embedding_bag: _same(
+        aten.embedding_bag.padding_idx,
+        indices=REQUIRED,
+        offsets=REQUIRED,
+        scale_grad_by_freq=False,
+        mode=0,
+        sparse=False,
+        per_sample_weights=None,
+        include_last_offset=False,
+        padding_idx=None,
+    ),
+    F.bilinear: _same(aten.bilinear.default, input2=REQUIRED, weight=REQUIRED, bias=None),
     F.layer_norm: Python(
         {"input": REQUIRED, "normalized_shape": REQUIRED, "weight": None, "bias": None, "eps": 1e-5}, _layer_norm
     ),
@@ -178,6 +195,7 @@ FUNCTIONS: Mapping[Callable[..., Any], Python] = {
     torch.rms_norm: _same(aten.rms_norm.default, normalized_shape=REQUIRED, weight=None, eps=None),
     F.batch_norm: _per_channel_norm(aten.batch_norm.default, REQUIRED, {"training": False}),
     F.instance_norm: _per_channel_norm(aten.instance_norm.default, None, {"use_input_stats": True}),
+    getattr: Python({"input": REQUIRED, "name": REQUIRED}, _attribute),
     torch.chunk: _same(aten.chunk.default, chunks=REQUIRED, dim=0),
     torch.flatten: _same(aten.flatten.using_ints, start_dim=0, end_dim=-1),
     torch.permute: _sized(aten.permute.default, "dims"),

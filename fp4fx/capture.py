@@ -86,11 +86,16 @@ STANDS_IN = "fp4fx_stands_in"
 """Key of a node's metadata: its value may have other strides than its call gives."""
 
 
-def same_shape(a: Tensor, b: Tensor) -> bool:
-    """Whether two shapes are known to be equal, without a guard on symbolic sizes."""
+def known_equal(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
+    """Whether two sizes are known to be equal, without a guard on symbolic ones."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return a.dim() == b.dim() and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
+    return bool(statically_known_true(m == n))
+
+
+def same_shape(a: Tensor, b: Tensor) -> bool:
+    """Whether two shapes are known to be equal, without a guard on symbolic sizes."""
+    return a.dim() == b.dim() and all(known_equal(m, n) for m, n in zip(a.shape, b.shape, strict=True))
 
 
 def same_strides(a: Any, b: Any) -> bool:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ CASTS = frozenset({"to", "_to_copy", "type", "type_as", "float", "half", "bfloat
 IDENTITIES = CASTS | {"contiguous", "clone", "detach", "detach_", "alias", "lift_fresh_copy", "requires_grad_"}
 DROPOUTS = frozenset({"dropout", "dropout_", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 PADS = frozenset({"pad", "constant_pad_nd"})
-TRANSPOSES = frozenset({"t", "transpose", "swapaxes", "swapdims", "permute"})
+TRANSPOSES = frozenset({"t", "transpose", "swapaxes", "swapdims", "permute", "numpy_T", "mT"})
 RESHAPES = frozenset(
     {"view", "_unsafe_view", "reshape", "flatten", "squeeze", "unsqueeze", "unflatten", "view_as", "reshape_as"}
 )
@@ -80,18 +81,86 @@ def view_chain(node: Node, ends: Collection[Node]) -> Iterator[Node]:
     while True:
         yield node
         name = op_name(node)
-        if node in ends or not node.all_input_nodes or name not in VIEWS or (name in CUTS and not _cuts_rows(node)):
+        if node in ends or not node.all_input_nodes:
+            return
+        if not gathers(node) and (name not in VIEWS or (name in CUTS and not cuts_rows(node))):
             return
         node = node.all_input_nodes[0]
 
 
-def is_matrix_transpose(node: Node) -> bool:
-    """True if a node of `TRANSPOSES` swaps the two dimensions of a matrix."""
-    dims = node.args[1:] if len(node.args) != 2 else node.args[1]
-    return op_name(node) == "t" or dims in ((0, 1), (1, 0), [1, 0], (-1, -2), (-2, -1), (0, -1), (-1, 0), (1, -2))
+def permutation(node: Node, rank: int) -> tuple[int, ...] | None:
+    """The order in which a node of `TRANSPOSES` puts the axes of its input, not negative; None if it is not known."""
+    name, dims = op_name(node), list(node.args[1:])
+    order = list(range(rank))
+    if name == "permute" and len(dims) == 1 and isinstance(dims[0], (list, tuple)):
+        dims = list(dims[0])
+    if node.kwargs or rank < 1 or not all(isinstance(d, int) and -rank <= d < rank for d in dims):
+        return None
+    if name == "permute":
+        return tuple(int(d) % rank for d in dims) if len(dims) == rank else None  # type: ignore[call-overload]
+    if name == "numpy_T" or (name == "t" and rank <= 2):
+        return tuple(reversed(order))
+    if name == "mT":
+        dims = [-2, -1]
+    if rank < 2 or len(dims) != 2:
+        return None
+    a, b = (int(d) % rank for d in dims)  # type: ignore[call-overload]
+    order[a], order[b] = b, a
+    return tuple(order)
 
 
-def _cuts_rows(node: Node) -> bool:
+def axes_along(chain: Sequence[Node]) -> list[int | None] | None:
+    """For each axis of the first node of a `view_chain`, that of the last one that it is, or None; None if not known.
+
+    Axes are to be counted from the end: how many there are in front is not known of one of a stack.
+    """
+    shape = shape_of(chain[-1])
+    if shape is None:
+        return None
+    axes: list[int | None] = list(range(len(shape)))
+    for node in reversed(chain[:-1]):
+        name = op_name(node)
+        if name in TRANSPOSES:
+            order = permutation(node, len(axes))
+            if order is None:
+                return None
+            axes = [axes[i] for i in order]
+        elif name in RESHAPES:
+            before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
+            if before is None or after is None or len(before) != len(axes):
+                return None
+            places = {(size, math.prod(before[i + 1 :])): axes[i] for i, size in enumerate(before) if size > 1}
+            axes = [places.get((size, math.prod(after[i + 1 :]))) for i, size in enumerate(after)]
+        elif gathers(node) or (name in CUTS and _drops_first(node)):
+            rank = len(shape_of(node) or axes[1:])
+            axes = [*[None] * (rank - len(axes) + 1), *axes[1:]]
+    return axes
+
+
+def _drops_first(node: Node) -> bool:
+    """True if a node of `CUTS` takes the first axis away."""
+    if op_name(node) != "getitem":
+        return op_name(node) in {"select", "unbind"}
+    source, index = node.args
+    if isinstance(source, Node) and op_name(source) in SPLITS:
+        return False
+    return isinstance(index[0] if isinstance(index, tuple) else index, int)
+
+
+def gathers(node: Node) -> bool:
+    """True if a node picks parts of a stack of matrices along the first axis, whole and by their numbers."""
+    stack = node.all_input_nodes[0] if node.all_input_nodes else None
+    if stack is None or node.args[0] is not stack or len(shape_of(stack) or ()) < 3 or len(node.args) < 2:
+        return False
+    name, index = op_name(node), node.args[1]
+    if name == "index_select":
+        return index == 0
+    if name == "index" and isinstance(index, (list, tuple)):
+        return len(index) == 1 and isinstance(index[0], Node)
+    return name == "getitem" and isinstance(index, Node) and op_name(stack) not in SPLITS
+
+
+def cuts_rows(node: Node) -> bool:
     """True if a node of `CUTS` keeps whole rows, that is, cuts dimension 0 only."""
     name = op_name(node)
     if name != "getitem":

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from fp4fx.dataflow import (
@@ -24,13 +25,15 @@ from fp4fx.dataflow import (
     VIEWS,
     activation_source,
     argument,
+    axes_along,
     dependents,
-    is_matrix_transpose,
     op_name,
+    permutation,
     shape_of,
     sources,
     view_chain,
 )
+from fp4fx.products import factors
 from fp4fx.site import Note, Op, Order, Site
 
 aten = torch.ops.aten
@@ -44,6 +47,8 @@ class ComputeOp(NamedTuple):
     weight: int = 1
     activation: int = 0
     groups: int | None = None
+    fuses: bool = True
+    """True if the op has a form that reads its weight packed."""
 
 
 COMPUTE_OPS: Mapping[Any, ComputeOp] = {
@@ -58,13 +63,19 @@ COMPUTE_OPS: Mapping[Any, ComputeOp] = {
     aten.conv_transpose2d.input: ComputeOp("conv_transpose2d", "conv_transpose", groups=6),
     aten.conv_transpose3d.input: ComputeOp("conv_transpose3d", "conv_transpose", groups=6),
     aten.embedding.default: ComputeOp("embedding", "rows", weight=0, activation=1),
-    aten.layer_norm.default: ComputeOp("norm", "rows", weight=2),
-    aten.group_norm.default: ComputeOp("norm", "rows", weight=2),
-    aten.rms_norm.default: ComputeOp("norm", "rows", weight=2),
-    aten.batch_norm.default: ComputeOp("norm", "rows"),
-    aten.instance_norm.default: ComputeOp("norm", "rows"),
+    aten.embedding_bag.default: ComputeOp("embedding", "rows", weight=0, activation=1, fuses=False),
+    aten.embedding_bag.padding_idx: ComputeOp("embedding", "rows", weight=0, activation=1, fuses=False),
+    F.embedding_bag: ComputeOp("embedding", "rows", weight=1, activation=0, fuses=False),
+    aten.bilinear.default: ComputeOp("bilinear", "rows", weight=2, activation=1, fuses=False),
+    aten.layer_norm.default: ComputeOp("norm", "rows", weight=2, fuses=False),
+    aten.group_norm.default: ComputeOp("norm", "rows", weight=2, fuses=False),
+    aten.rms_norm.default: ComputeOp("norm", "rows", weight=2, fuses=False),
+    aten.batch_norm.default: ComputeOp("norm", "rows", fuses=False),
+    aten.instance_norm.default: ComputeOp("norm", "rows", fuses=False),
 }
-"""The ops that eat a weight."""
+"""The ops that eat a weight; a product of a parameter and an activation is one more, in disguise."""
+
+PRODUCT = ComputeOp("linear", "rows")
 
 RECURRENT = frozenset(f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell"))
 NO_RECURRENT = "recurrent layers are not supported yet"
@@ -77,6 +88,8 @@ class GraphSites:
 
     sites: tuple[Site, ...]
     nodes: tuple[Node, ...]
+    activations: tuple[Any, ...]
+    """What each of the nodes reads its activation from: an argument of it."""
     notes: tuple[Note, ...]
 
 
@@ -100,15 +113,15 @@ def find_sites(
     if inputs is None:
         inputs = [node for node in graph.nodes if node.op == "placeholder" and node not in parameters]
     dynamic, tied = dependents(graph, inputs), tied or {}
-    found: list[tuple[Node, Site]] = []
+    found: list[tuple[Node, Any, Site]] = []
     parts: dict[str, str] = {}
     activations: dict[Node, int] = {}
     for node in graph.nodes:
-        compute = COMPUTE_OPS.get(node.target)
-        weight = _weight(node, compute, parameters, dynamic) if compute is not None else None
-        if compute is None or weight is None:
+        use = _use(node, parameters, dynamic)
+        weight = None if use is None else _weight(use, parameters, dynamic)
+        if use is None or weight is None:
             continue
-        activation = argument(node, compute.activation)
+        compute, activation = use.compute, use.activation
         source = activation_source(activation) if isinstance(activation, Node) else node
         number = activations.setdefault(source, len(activations))
         groups = 1 if compute.groups is None else argument(node, compute.groups)
@@ -122,20 +135,21 @@ def find_sites(
                 parameter=name,
                 op=compute.op,
                 shape=shape,
-                order="conv" if weight.flattened and compute.op == "linear" else compute.order,
+                order=weight.order,
                 groups=groups if isinstance(groups, int) else 1,
                 index=len(found),
                 called_in=called_in,
-                own_input=owned and isinstance(activation, Node) and _comes_with_call(activation, node),
+                own_input=owned and use.last and isinstance(activation, Node) and _comes_with_call(activation, node),
                 activation=number,
                 tied=names[1:],
                 transform=weight.transform,
                 refusal=weight.refusal,
                 numel=math.prod(shape),
             )
-            found.append((node, site))
-    sites = _with_siblings([site for _, site in found])
-    return GraphSites(sites, tuple(node for node, _ in found), _notes(parameters, {s.parameter for s in sites}, parts))
+            found.append((node, activation, site))
+    sites = _with_siblings([site for _, _, site in found])
+    notes = _notes(parameters, {s.parameter for s in sites}, parts)
+    return GraphSites(sites, tuple(node for node, _, _ in found), tuple(read for _, read, _ in found), notes)
 
 
 def module_of(node: Node) -> str:
@@ -148,6 +162,38 @@ def module_of(node: Node) -> str:
     return re.sub(r"^L\['\w+'\]\.?", "", path)
 
 
+class _Use(NamedTuple):
+    """One op and the weight that it may be said to have."""
+
+    name: str
+    compute: ComputeOp
+    weight: Node
+    activation: Any
+    reduced: int | None
+    """The axis of the weight, from the end, that the op sums over; None: the op's order says it."""
+    last: bool = True
+    """True if the activation is reduced along its last axis, or along its channels."""
+
+
+def _use(node: Node, parameters: Mapping[Node, str], dynamic: Collection[Node]) -> _Use | None:
+    """A compute op, or a product of an activation and something that is a parameter up to views."""
+    name, compute = op_name(node), COMPUTE_OPS.get(node.target)
+    if compute is not None:
+        weight = argument(node, compute.weight)
+        if not isinstance(weight, Node) or node.kwargs.get("max_norm") is not None:
+            return None
+        reduced = -1 if compute.order == "rows" and compute.op != "norm" else None
+        return _Use(name, compute, weight, argument(node, compute.activation), reduced)
+    left, right = factors(node) or (None, None)
+    if left is None or right is None:
+        return None
+    for mine, other in ((right, left), (left, right)):
+        *_, end = view_chain(mine.node, parameters)
+        if end in parameters and len(shape_of(end) or ()) > 1 and other.node in dynamic:
+            return _Use(name, PRODUCT, mine.node, other.node, mine.reduced, last=other.reduced == -1)
+    return None
+
+
 class _Weight(NamedTuple):
     """What a compute op's weight is made from."""
 
@@ -158,20 +204,15 @@ class _Weight(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
     transform: str | None
     refusal: str | None
-    flattened: bool
-    """True for a parameter of rank > 2 that is viewed as a matrix, as a 1x1 convolution run as a linear is."""
+    order: Order
 
 
-def _weight(
-    node: Node, compute: ComputeOp, parameters: Mapping[Node, str], dynamic: Collection[Node]
-) -> _Weight | None:
+def _weight(use: _Use, parameters: Mapping[Node, str], dynamic: Collection[Node]) -> _Weight | None:
     """The weight of a compute op; None if no parameter goes into it."""
-    weight = argument(node, compute.weight)
-    if not isinstance(weight, Node):
-        return None
-    if compute.op == "norm" and argument(node, compute.activation) not in dynamic:
+    compute = use.compute
+    if compute.op == "norm" and use.activation not in dynamic:
         return None  # weight standardisation: the norm of a weight is a transform, not a layer
-    chain = list(view_chain(weight, parameters))
+    chain = list(view_chain(use.weight, parameters))
     end = chain[-1]
     leaves = [end] if end in parameters else _leaves(end, parameters, dynamic)
     shapes = {parameters[leaf]: shape for leaf in leaves if (shape := shape_of(leaf)) is not None}
@@ -181,9 +222,41 @@ def _weight(
     if not names:
         return None
     parts = [name for name in shapes if name not in names]
-    flattened = any(op_name(n) in RESHAPES for n in chain) and not any(op_name(n) in CUTS for n in chain)
-    flattened = flattened and len(shapes[names[0]]) > 2
-    return _Weight(names, parts, shapes, _transform(chain, parameters, compute), refusal, flattened)
+    order = _order(use, chain, shapes[names[0]])
+    if end not in parameters or order is None:
+        transform = _transform(chain, parameters, compute)
+        if order is None and compute is PRODUCT and refusal is None:
+            refusal = _no_axis(use, chain, shapes[names[0]])
+        return _Weight(names, parts, shapes, transform, refusal, order or compute.order)
+    return _Weight(names, parts, shapes, None, refusal, order)
+
+
+def _order(use: _Use, chain: Sequence[Node], shape: tuple[int, ...]) -> Order | None:
+    """The order in which a parameter's blocks run along what the op reduces; None where views of it hide that."""
+    rank, names = len(shape), [op_name(node) for node in chain]
+    axis = _axis(use, chain, shape)
+    if axis == rank - 1:
+        return "rows"
+    flattened = rank > 2 and not RESHAPES.isdisjoint(names) and CUTS.isdisjoint(names)
+    if flattened and use.compute.op == "linear" and (use.compute is not PRODUCT or axis == 1 == math.prod(shape[2:])):
+        return "conv"  # a convolution that is run as a linear
+    return "columns" if rank > 1 and axis == rank - 2 else None
+
+
+def _axis(use: _Use, chain: Sequence[Node], shape: tuple[int, ...]) -> int | None:
+    """The axis that an op reduces of the parameter of this shape at the end of a chain of views, or None."""
+    axes = axes_along(chain) if shape_of(chain[-1]) == shape else None
+    if not axes or use.reduced is None:
+        return None
+    return axes[max(use.reduced, -len(axes))]  # the right factor of a product may be a vector
+
+
+def _no_axis(use: _Use, chain: Sequence[Node], shape: tuple[int, ...]) -> str:
+    """Why a product has no order for its parameter."""
+    axis = _axis(use, chain, shape)
+    if axis is None:
+        return f"{use.name} does not sum over exactly one of its axes"
+    return f"{use.name} sums over its axis {axis} of {len(shape)}, and blocks run along one of the last two"
 
 
 def _choose(
@@ -208,7 +281,7 @@ def _transform(chain: Sequence[Node], parameters: Mapping[Node, str], compute: C
     if end not in parameters:
         return op_name(end)
     turns = [node for node in chain if op_name(node) in TRANSPOSES]
-    if len(turns) % 2 or not all(is_matrix_transpose(node) for node in turns):
+    if len(turns) % 2 or not all(permutation(node, 2) == (1, 0) for node in turns):
         return op_name(turns[0])
     reshapes = [node for node in chain if op_name(node) in RESHAPES]
     flat = compute.op != "norm" and len(shape_of(end) or (0, 0)) < 2  # a view gives it its rows
@@ -268,8 +341,8 @@ def _notes(parameters: Mapping[Node, str], eaten: Collection[str], parts: Mappin
             notes[name] = f"part of the weight that is made from {parts[name]}"
         elif what in RECURRENT:
             notes[name] = NO_RECURRENT
-        elif what == "embedding_bag":
-            notes[name] = "used in embedding_bag, which is not supported yet"
+        elif what in ("embedding", "embedding_bag"):
+            notes[name] = f"used in {what} with max_norm, which writes to the table, or a negative padding_idx"
         else:
             notes[name] = f"used in {what}, which is not a linear, a convolution or an embedding"
     return tuple(Note(name, reason) for name, reason in notes.items())

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from fp4fx.errors import LayoutError, NonFiniteWeightError, PolicyError
 from fp4fx.site import Order
 
 BLOCK = 16
+ORDERS: tuple[Order, ...] = get_args(Order)
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 E4M3_MIN = 2.0**-9  # smallest subnormal
 E4M3_NAN = 0x7F
@@ -63,23 +65,22 @@ def row_length(shape: torch.Size | tuple[int, ...], order: Order, groups: int = 
     Raises:
         LayoutError: unknown order, too few dimensions, groups that do not divide, or K = 0.
     """
-    if order not in ("rows", "channels", "conv", "conv_transpose"):
-        raise LayoutError(f"unknown order {order!r}; expected 'rows', 'channels', 'conv' or 'conv_transpose'")
+    if order not in ORDERS:
+        raise LayoutError(f"unknown order {order!r}; expected one of {', '.join(ORDERS)}")
     rank = 1 if order == "rows" else 2
     if len(shape) < rank:
         raise LayoutError(f"order {order!r} needs {rank} dimension(s) or more, found shape {tuple(shape)}")
-    grouped = {"rows": 1, "channels": shape[-1 if rank == 1 else 1]}.get(order, shape[0])
+    plain = order in ("rows", "columns")
+    grouped = 1 if plain else shape[1] if order == "channels" else shape[0]
     if groups < 1 or grouped % groups:
-        what = "has no groups" if order == "rows" else f"splits a dimension of size {grouped} into groups"
+        what = "has no groups" if plain else f"splits a dimension of size {grouped} into groups"
         raise LayoutError(f"order {order!r} {what}: groups={groups} does not fit shape {tuple(shape)}")
-    if order == "rows":
-        k = shape[-1]
-    elif order == "channels":
-        k = shape[1] // groups
-    elif order == "conv":
+    if order == "conv":
         k = math.prod(shape[1:])
-    else:
+    elif order == "conv_transpose":
         k = shape[0] // groups * math.prod(shape[2:])
+    else:
+        k = shape[{"rows": -1, "columns": -2, "channels": 1}[order]] // groups
     if k == 0:
         raise LayoutError(f"shape {tuple(shape)} has no values along its reduction axis; leave this tensor as it is")
     return k
@@ -89,6 +90,7 @@ def to_rows(x: Tensor, order: Order, groups: int = 1) -> Tensor:
     """Tensor, any shape and dtype -> rows [..., K], K being the axis that the op reduces over (a view where possible).
 
     * "rows": as it is (linear, embedding, or an activation whose last axis is reduced).
+    * "columns": [..., K, N] -> [..., N, K] (the right factor of a product `x @ w`, or a stack of them).
     * "channels": [B, C, *s] -> [B, *s, C], with groups [B, *s, g, C/g] (the input of a convolution).
     * "conv": [N, C/g, *k] -> [N, (*k, C/g)].
     * "conv_transpose": [C, N/g, *k] -> [N, (*k, C/g)].
@@ -99,6 +101,8 @@ def to_rows(x: Tensor, order: Order, groups: int = 1) -> Tensor:
     k = row_length(x.shape, order, groups)
     if order == "rows":
         return x
+    if order == "columns":
+        return x.transpose(-1, -2)
     if order == "channels":
         return x.movedim(1, -1) if groups == 1 else torch.unflatten(x.movedim(1, -1), -1, (groups, k))
     if order == "conv":
@@ -111,6 +115,8 @@ def from_rows(rows: Tensor, shape: torch.Size | tuple[int, ...], order: Order, g
     row_length(shape, order, groups)
     if order == "rows":
         return rows.reshape(shape)
+    if order == "columns":
+        return rows.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
     if order == "conv_transpose":
         rows = rows.reshape(groups, shape[1], *shape[2:], shape[0] // groups).movedim(-1, 1)
         return rows.reshape(shape)

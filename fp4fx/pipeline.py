@@ -134,7 +134,7 @@ def verify(gm: GraphModule, ctx: Context, dialect: Dialect) -> None:
 def _weight_of(node: Node) -> Any:
     """The weight of a compute op that has a fused form, or None."""
     compute = COMPUTE_OPS.get(node.target)
-    return None if compute is None or compute.op == "norm" else capture.arguments(node)[compute.weight]
+    return capture.arguments(node)[compute.weight] if compute is not None and compute.fuses else None
 
 
 def op_name(node: Node) -> str | None:

@@ -13,6 +13,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fp4fx import nvfp4
+from fp4fx.effective import settled
 from fp4fx.errors import LayoutError, PlanError, PolicyError
 from fp4fx.fields import read
 from fp4fx.patterns import first_match
@@ -23,6 +24,8 @@ from fp4fx.trace import Trace
 from fp4fx.trace import trace as trace_model
 
 FORMAT, VERSION = "fp4fx.plan", 1
+COMPUTED = "computed once into"
+"""How the reason of a parameter begins that another weight is computed from, which stands for it in the plan."""
 FOLDED = "skip_norms"
 """What this rule keeps a table shows in one line for all."""
 
@@ -266,6 +269,15 @@ def _stored(spec: Spec) -> tuple[Any, ...]:
     return spec.scale_rule, spec.block, spec.compute
 
 
+def _with_computed(trace: Trace, computed: Mapping[str, Sequence[str]]) -> Trace:
+    """The trace of a model with settled weights, in the words of the original: what they are computed from is noted."""
+    notes = {name: Note(name, f"{COMPUTED} {weight}") for weight, names in computed.items() for name in names}
+    sites = tuple(replace(site, settled=site.parameter in computed) for site in trace.sites)
+    return replace(
+        trace, sites=sites, unreached=(*(n for n in trace.unreached if n.name not in notes), *notes.values())
+    )
+
+
 def weight_sqnr(weight: Tensor, site: Site, scale_rule: ScaleRule, block: Block) -> float:
     """Weight of the site, any float dtype -> signal to quantization noise ratio in dB of its NVFP4 form."""
     nvfp4.check_finite(weight, site.parameter)
@@ -293,7 +305,8 @@ def plan(
         PlanError: A rule needs the values of a weight that has none.
         TraceError: The model cannot be traced.
     """
-    found = trace_model(model, example_inputs, example_kwargs)
+    model, computed = settled(model) if isinstance(model, nn.Module) else (model, {})
+    found = _with_computed(trace_model(model, example_inputs, example_kwargs), computed)
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def sqnr(site: Site, own: Policy) -> float:

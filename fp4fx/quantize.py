@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fp4fx import nvfp4
+from fp4fx.effective import settle, sharing_copy
 from fp4fx.errors import FallbackError, PlanError
 from fp4fx.packed import STOCK, Activations, Packed, PackedSpec, encode, pack, plan_of, remember_plan
-from fp4fx.plan import Decision, Plan, plan
+from fp4fx.plan import COMPUTED, Decision, Plan, plan
 from fp4fx.policy import Policy
 
 HEADROOM = 8.0
@@ -75,8 +74,13 @@ def apply(
         for name in (decision.site.parameter, *decision.site.tied):
             path, _, attribute = name.rpartition(".")
             by_module[path].setdefault(attribute, decision)
-    _check(model, plan, by_module)
-    result = _sharing_copy(model)
+    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    result = sharing_copy(model)
+    for path, decisions in by_module.items():
+        for attribute, decision in decisions.items():
+            if decision.site.settled and path in modules:
+                settle(result.get_submodule(path), attribute)
+    _check(result, plan, by_module)
     encoded: dict[int, tuple[nvfp4.NVFP4, PackedSpec]] = {}  # a tied tensor is quantized once
     for path, decisions in by_module.items():
         module = result.get_submodule(path)
@@ -156,18 +160,6 @@ def _check(model: nn.Module, plan: Plan, by_module: dict[str, dict[str, Decision
             )
 
 
-def _sharing_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of the modules with every tensor shared: aliases, bound methods and hooks keep their meaning."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        held: Iterable[Any] = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
-        memo.update({id(value): value for value in held if isinstance(value, Tensor)})
-    for parameter in model.parameters():
-        if type(parameter) is nn.Parameter:  # an object of its own on the same memory: `.half()` rebinds its data
-            memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
-    return copy.deepcopy(model, memo)
-
-
 def _raise_on_fallback(plan: Plan) -> None:
     """Refuse a plan in which something could not be had as the policy asks for it."""
     refused = [f"{d.site.parameter}: {d.reason}" for d in plan.decisions if d.rule == "refusal"]
@@ -176,7 +168,8 @@ def _raise_on_fallback(plan: Plan) -> None:
         for d in plan.quantized
         if d.spec is not None and d.spec.weight_only_reason
     ]
-    notes = [f"{n.name}: {n.reason}" for n in (*plan.unreached, *plan.opaque)]
+    left = (*(n for n in plan.unreached if not n.reason.startswith(COMPUTED)), *plan.opaque)
+    notes = [f"{n.name}: {n.reason}" for n in left]
     if refused or weight_only or notes:
         raise FallbackError(
             "on_fallback='raise' and the plan falls back: " + "; ".join([*refused, *weight_only, *notes])

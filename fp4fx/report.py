@@ -149,11 +149,14 @@ def _of_packed(model: nn.Module, plan: Plan) -> Report:
     packed: dict[str, tuple[int, int, int]] = {}  # per parameter: values, bytes, bytes when dense
     for decision in plan.decisions:
         site = decision.site
-        if decision.spec is None and site.parameter in parameters:
-            rows.append(_row(decision, parameters[site.parameter]))
-            continue
         module = modules.get(site.module)
         spec = module.nvfp4.get(site.attribute) if isinstance(module, Packed) else None
+        dense = parameters.get(site.parameter)
+        if dense is None and spec is None:  # computed by its module
+            dense = getattr(module, site.attribute, None)
+        if decision.spec is None and dense is not None:
+            rows.append(_row(decision, dense))
+            continue
         if decision.spec is None or spec is None:
             raise PlanError(
                 f"{site.parameter}: the plan has it {decision.label}, the model has it otherwise or not at all; "

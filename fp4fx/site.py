@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Order = Literal["rows", "channels", "conv", "conv_transpose"]
+Order = Literal["rows", "columns", "channels", "conv", "conv_transpose"]
 Op = Literal[
     "linear",
+    "bilinear",
     "conv1d",
     "conv2d",
     "conv3d",
@@ -37,7 +38,7 @@ class Site:
     parameter: str
     """Qualified name in `named_parameters()`, e.g. `layer1.0.conv1.weight`; the first of a tied tensor's names."""
     op: Op
-    """The op that eats it; `norm` stands for any normalisation's affine weight."""
+    """The op that eats it: `linear` for any product that is one, `norm` for any normalisation's affine weight."""
     shape: tuple[int, ...]
     """Shape of the parameter as stored."""
     order: Order
@@ -57,6 +58,8 @@ class Site:
     """Other qualified names of the very same tensor."""
     transform: str | None = None
     """The op the parameter passes through before the compute op (weight standardisation, weight norm), or None."""
+    settled: bool = False
+    """True if the module computes this weight from parameters, and is to hold what comes out instead."""
     refusal: str | None = None
     """Why this use cannot be quantized at all (several parameters in one weight, one that depends on data), or None."""
     kurtosis: float | None = None
@@ -80,6 +83,8 @@ class Site:
             n = self.shape[1] * self.groups
         elif self.order == "conv":
             n = self.shape[0]
+        elif self.order == "columns":
+            n = self.numel // self.shape[-2]
         else:
             n = math.prod(self.shape[:-1])
         return n, self.numel // n
@@ -89,7 +94,7 @@ class Site:
         """Input channels per group: the K that one tap of the kernel reduces over."""
         if self.order == "conv_transpose":
             return self.shape[0] // self.groups
-        return self.shape[1] if self.order == "conv" else self.shape[-1]
+        return self.shape[{"conv": 1, "columns": -2}.get(self.order, -1)]
 
     @property
     def depthwise(self) -> bool:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fp4fx.canonical import canonical
-from fp4fx.dataflow import op_name
+from fp4fx.dataflow import argument, op_name, view_chain
 from fp4fx.graph_sites import COMPUTE_OPS, NO_RECURRENT
+from fp4fx.products import factors
 from fp4fx.site import Note
 
 UNTRACEABLE = (
@@ -326,7 +327,11 @@ def _eaten(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in nodes:
         compute = COMPUTE_OPS.get(node.target)
-        stack = [node.args[compute.weight]] if compute is not None else []
+        stack = [argument(node, compute.weight)] if compute is not None else []
+        for factor in factors(node) or ():
+            *views, end = view_chain(factor.node, ())
+            if end.op == "get_attr":
+                stack = [*views, end]
         while stack:
             source = stack.pop()
             if isinstance(source, fx.Node) and source not in found:

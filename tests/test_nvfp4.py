@@ -335,7 +335,7 @@ ERRORS = [
     (torch.ones(4), {"order": "conv"}, LAYOUT, "needs 2 dimension"),
     (torch.ones(4, 0), {}, LAYOUT, "no values along its reduction axis"),
     (torch.ones(4, 0, 3), {"order": "conv"}, LAYOUT, "no values along its reduction axis"),
-    (MATRIX, {"order": "columns"}, LAYOUT, "unknown order 'columns'"),
+    (MATRIX, {"order": "diagonals"}, LAYOUT, "unknown order 'diagonals'"),
     (MATRIX, {"groups": 2}, LAYOUT, "has no groups"),
     (MATRIX, {"order": "conv", "groups": 3}, LAYOUT, "size 4 into groups: groups=3"),
     (MATRIX, {"order": "conv_transpose", "groups": 0}, LAYOUT, "groups=0"),

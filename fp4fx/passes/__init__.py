@@ -5,11 +5,13 @@ from fp4fx.passes.channels_last import channels_last
 from fp4fx.passes.expose_qdq import expose_qdq
 from fp4fx.passes.fold_norms import fold_norms
 from fp4fx.passes.fold_parameters import fold_parameters
+from fp4fx.passes.fold_views import fold_views
 from fp4fx.passes.fold_weights import fold_weights
 from fp4fx.passes.fuse_conv import fuse_conv
 from fp4fx.passes.fuse_embedding import fuse_embedding
 from fp4fx.passes.fuse_epilogue import fuse_epilogue
 from fp4fx.passes.fuse_linear import fuse_linear
+from fp4fx.passes.fuse_product import fuse_product
 from fp4fx.passes.insert_qdq import insert_qdq
 from fp4fx.passes.merge_qdq import merge_qdq
 from fp4fx.passes.narrow import narrow
@@ -27,7 +29,9 @@ PASSES: tuple[Pass, ...] = (
     ),
     Pass(merge_qdq, "before fusion, while equal quantizes are still separate nodes"),
     Pass(fold_weights, "after merging, so that a shared weight is stored once", Dialect.QDQ),
+    Pass(fold_views, "once weights are stored, so that a part of one is a view of its codes", Dialect.QDQ),
     Pass(fuse_linear, "from here on a dequantize disappears into the op that reads it"),
+    Pass(fuse_product, "independent of the other fusions"),
     Pass(fuse_conv, "independent of the other fusions"),
     Pass(fuse_embedding, "independent of the other fusions", Dialect.FUSED),
     Pass(fuse_epilogue, "after the fusions, whose ops take the epilogues"),

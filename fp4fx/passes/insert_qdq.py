@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fp4fx.capture import arguments, emit, module_classes, mutated, needs_gradient, parameter_names, storages, value
-from fp4fx.graph_sites import COMPUTE_OPS, find_sites
+from fp4fx.capture import emit, module_classes, mutated, needs_gradient, parameter_names, storages, value
+from fp4fx.graph_sites import find_sites
 from fp4fx.nvfp4 import excess_kurtosis
 from fp4fx.packed import STOCK
 from fp4fx.pipeline import Context, Dialect, verify
@@ -36,7 +36,8 @@ def insert_qdq(gm: GraphModule, ctx: Context) -> int:
     stock = {name for name, cls in module_classes(gm).items() if issubclass(cls, STOCK)}
     inputs = [node for node in gm.graph.find_nodes(op="placeholder") if node not in ctx.real]
     found = find_sites(gm.graph, parameters, inputs=inputs, stock=stock)
-    nodes = dict(zip((site.index for site in found.sites), found.nodes, strict=True))
+    reads = zip(found.nodes, found.activations, strict=True)
+    nodes = dict(zip((site.index for site in found.sites), reads, strict=True))
 
     def measured(site: Site) -> Site:
         if ctx.policy is None or ctx.policy.max_kurtosis is None:
@@ -63,7 +64,7 @@ def insert_qdq(gm: GraphModule, ctx: Context) -> int:
         if decision.spec is None:
             continue
         if decision.spec.activations is not None:
-            _quantize_activation(gm, nodes[site.index], site)
+            _quantize_activation(gm, *nodes[site.index], site)
         if site.parameter not in packed:
             packed.add(site.parameter)
             _quantize_parameter(gm, parameter, decision)
@@ -83,10 +84,7 @@ def _quantize_parameter(gm: GraphModule, parameter: Node, decision: Decision) ->
                 reader.replace_input_with(parameter, quantized)
 
 
-def _quantize_activation(gm: GraphModule, node: Node, site: Site) -> None:
-    position = COMPUTE_OPS[node.target].activation
-    x = arguments(node)[position]
-    assert isinstance(x, Node)
+def _quantize_activation(gm: GraphModule, node: Node, x: Node, site: Site) -> None:
     if site.op == "linear":
         quantized = emit(gm, fake_quantize, (x, None, "rows"), like=node)
     elif value(x).dim() == len(site.shape) - 1:  # a convolution without a batch axis
@@ -95,4 +93,4 @@ def _quantize_activation(gm: GraphModule, node: Node, site: Site) -> None:
         quantized = emit(gm, torch.ops.aten.squeeze.dim, (quantized, 0), like=node)
     else:
         quantized = emit(gm, fake_quantize, (x, None, "channels"), like=node)
-    node.update_arg(position, quantized)
+    node.replace_input_with(x, quantized)

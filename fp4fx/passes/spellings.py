@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from fp4fx.capture import OpOverload
-from fp4fx.dataflow import TRANSPOSES, op_name
+from fp4fx.dataflow import TRANSPOSES, op_name, permutation
 
 
 def _name(node: Node) -> str | None:
@@ -80,18 +80,7 @@ def operands_of(node: Node, x: Node) -> tuple[str, Any] | None:
 
 def permutation_of(node: Node, rank: int) -> tuple[int, ...] | None:
     """The dims of a permutation or transposition of its first argument, not negative; None if it is none."""
-    name = _name(node)
-    if name not in TRANSPOSES or any(isinstance(a, Node) for a in node.args[1:]) or node.kwargs:
-        return None
-    if name == "permute":
-        dims = node.args[1] if len(node.args) == 2 else node.args[1:]
-        if not isinstance(dims, list | tuple) or any(isinstance(d, Node) for d in dims):
-            return None
-        return tuple(int(d) % rank for d in dims)
-    a, b = (0, rank - 1) if name == "t" else (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
-    order = list(range(rank))
-    order[a], order[b] = b, a
-    return tuple(order)
+    return permutation(node, rank) if _name(node) in TRANSPOSES else None
 
 
 def is_identity(node: Node) -> bool:

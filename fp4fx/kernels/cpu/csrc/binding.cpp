@@ -383,19 +383,21 @@ Tensor embedding(const Tensor& indices, const Tensor& packed, const Tensor& scal
 
 // --- the codec -------------------------------------------------------------------------------------------------------
 
-enum class Order { rows, channels, conv, conv_transpose };
+enum class Order { rows, channels, conv, conv_transpose, columns };
 
 Order order_of(std::string_view name) {
-  return named<Order, 4>(name, "order", {"rows", "channels", "conv", "conv_transpose"});
+  return named<Order, 5>(name, "order", {"rows", "channels", "conv", "conv_transpose", "columns"});
 }
 
 // K, the length of the rows that a tensor of this shape becomes; refuses what has none.
 int64_t row_length(IntArrayRef shape, Order order, int64_t groups) {
   const size_t rank = order == Order::rows ? 1 : 2;
   TORCH_CHECK(shape.size() >= rank, "fp4fx_cpu: this order needs ", rank, " dimensions or more, found ", shape);
-  const int64_t grouped = order == Order::rows ? 1 : order == Order::channels ? shape[1] : shape[0];
+  const bool plain = order == Order::rows || order == Order::columns;
+  const int64_t grouped = plain ? 1 : order == Order::channels ? shape[1] : shape[0];
   TORCH_CHECK(groups >= 1 && grouped % groups == 0, "fp4fx_cpu: groups=", groups, " does not fit shape ", shape);
   int64_t k = shape.back();
+  if (order == Order::columns) k = shape[shape.size() - 2];
   if (order == Order::channels) k = shape[1] / groups;
   if (order == Order::conv) k = product(shape.slice(1));
   if (order == Order::conv_transpose) k = shape[0] / groups * product(shape.slice(2));
@@ -406,6 +408,7 @@ int64_t row_length(IntArrayRef shape, Order order, int64_t groups) {
 // Any tensor as rows [..., K]; a view where possible.
 Tensor to_rows(const Tensor& x, Order order, int64_t groups, int64_t k) {
   if (order == Order::rows) return x;
+  if (order == Order::columns) return x.transpose(-1, -2);
   if (order == Order::channels) return groups == 1 ? x.movedim(1, -1) : x.movedim(1, -1).unflatten(-1, {groups, k});
   if (order == Order::conv) return x.movedim(1, -1).reshape({x.size(0), k});
   return x.unflatten(0, {groups, x.size(0) / groups}).movedim(1, -1).reshape({groups * x.size(1), k});
@@ -414,6 +417,11 @@ Tensor to_rows(const Tensor& x, Order order, int64_t groups, int64_t k) {
 // Contiguous rows as a contiguous tensor of the shape: the inverse.
 Tensor from_rows(const Tensor& rows, IntArrayRef shape, Order order, int64_t groups) {
   if (order == Order::rows) return rows.view(shape);
+  if (order == Order::columns) {
+    Sizes turned(shape.begin(), shape.end());
+    std::swap(turned.back(), turned[turned.size() - 2]);
+    return rows.view(turned).transpose(-1, -2).contiguous();
+  }
   const IntArrayRef spatial = shape.slice(2);
   if (order == Order::conv_transpose) {
     const Sizes grouped = concat(concat({groups, shape[1]}, spatial), shape[0] / groups);

@@ -1,0 +1,215 @@
+"""Weights computed from parameters alone: in evaluation what they come to is packed, and the computation is gone."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import fp4fx
+from fp4fx.plan import Plan
+from fp4fx.quantize import apply
+from tests.kinds.reference import EVERY, check_compiled, packed_names, rounded
+
+X = torch.randn(3, 32)
+
+
+class Symmetric(nn.Module):
+    def forward(self, w):
+        return w.triu() + w.triu(1).t()
+
+
+class Noisy(nn.Module):
+    def forward(self, w):
+        return w + torch.rand_like(w)
+
+
+class LowRank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(32, 4)), nn.Parameter(torch.randn(4, 32))
+
+    def forward(self, w):
+        return w + self.a @ self.b
+
+
+def parametrized(kind):
+    layer = nn.Linear(32, 32)
+    parametrize.register_parametrization(layer, "weight", kind())
+    return layer
+
+
+def old_weight_norm():
+    with pytest.warns(FutureWarning):
+        return torch.nn.utils.weight_norm(nn.Linear(32, 32))
+
+
+COMPUTED = {
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(32, 32)),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(32, 32)),
+    "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(32, 32)),
+    "symmetric": lambda: parametrized(Symmetric),
+    "low rank": lambda: parametrized(LowRank),
+    "weight norm by a hook": old_weight_norm,
+    "spectral norm by a hook": lambda: torch.nn.utils.spectral_norm(nn.Linear(32, 32)),
+}
+
+
+def computed(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(COMPUTED[name]())
+    model.train()(X)  # spectral norm estimates
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_the_weight_that_comes_out_is_packed(name, tmp_path):
+    model = computed(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        dense = model(X)
+        weight = rounded(model[0].weight, 1)
+    plan = fp4fx.plan(model, EVERY)
+    (decision,) = plan.decisions
+    assert (decision.site.parameter, decision.label, decision.site.transform) == ("0.weight", "W4A16 in fp32", None)
+    named = {decision.site.parameter, *(n.name for n in plan.unreached)}
+    assert {n for n, p in model.named_parameters() if p.dim() > 1} <= named
+    assert all(n.reason == "computed once into 0.weight" for n in plan.unreached)
+    quantized = fp4fx.quantize(model, fp4fx.Policy.from_dict({**EVERY.to_dict(), "on_fallback": "raise"}))
+    assert packed_names(quantized) == ["0.weight"]
+    assert isinstance(quantized[0], nn.Linear)
+    with torch.no_grad():
+        expected = F.linear(X, weight, model[0].bias)
+        assert torch.equal(quantized(X), expected)
+        assert torch.equal(model(X), dense)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    check_compiled(quantized, X, fullgraph=True)
+    fp4fx.save(quantized, tmp_path / "it.safetensors")
+    torch.manual_seed(1)
+    again = fp4fx.load(nn.Sequential(COMPUTED[name]()).eval(), tmp_path / "it.safetensors")
+    clone = pickle.loads(pickle.dumps(quantized))
+    with torch.no_grad():
+        assert torch.equal(again(X), expected)
+        assert torch.equal(clone(X), expected)
+
+
+@pytest.mark.parametrize("name", ["weight norm", "spectral norm by a hook"])
+def test_in_training_the_parameter_is_packed_and_the_computation_stays(name):
+    model = nn.Sequential(COMPUTED[name]()).train()
+    (decision,) = fp4fx.plan(model, EVERY).decisions
+    assert decision.site.transform is not None
+    assert decision.site.parameter != "0.weight"
+
+
+def test_a_weight_that_changes_from_call_to_call_or_is_shared_stays_computed():
+    noisy = nn.Sequential(parametrized(Noisy)).eval()
+    (decision,) = fp4fx.plan(noisy, EVERY).decisions
+    assert decision.site.transform is not None
+    shared = nn.Sequential(parametrized(Symmetric), nn.Linear(32, 32)).eval()
+    shared[1].weight = shared[0].parametrizations.weight.original
+    assert "0.weight" not in {d.site.parameter for d in fp4fx.plan(shared, EVERY).decisions}
+
+
+def test_a_computed_weight_that_is_kept_stays_computed():
+    model = nn.Sequential(computed("weight norm")[0], nn.Linear(32, 8)).eval()
+    quantized = fp4fx.quantize(model, fp4fx.Policy(skip_first=1, skip_last=0))
+    assert parametrize.is_parametrized(quantized[0])
+    assert [row.decision for row in fp4fx.report(quantized).rows] == ["kept", "W4A16"]
+
+
+def test_a_plan_of_before_packs_the_parameter():
+    model = computed("weight norm").train()
+    plan = Plan.from_dict(fp4fx.plan(model, EVERY).to_dict())
+    quantized = apply(model.eval(), plan)
+    assert packed_names(quantized) == ["0.parametrizations.weight.original1"]
+    assert quantized(X).isfinite().all()
+
+
+IMAGE = torch.randn(2, 16, 9, 9)
+STANDARDISED = {
+    "std": lambda: StdConv2d(16, 24, 3, bias=True),
+    "std same": lambda: StdConv2dSame(16, 24, 3, stride=2),
+    "scaled": lambda: ScaledStdConv2d(16, 24, 3, groups=2, gamma=1.7),
+    "scaled same": lambda: ScaledStdConv2dSame(16, 24, 3, stride=2),
+}
+
+
+def standardised(name, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(STANDARDISED[name]())
+    for key, parameter in model.named_parameters():
+        if "gain" in key:
+            nn.init.uniform_(parameter, 0.5, 2)
+    return model.eval()
+
+
+def dense_weight(conv):
+    """What the convolution multiplies with, as its library call is given it."""
+    seen = []
+    original = F.conv2d
+    F.conv2d = lambda x, w, *rest: seen.append(w.detach()) or original(x, w, *rest)
+    try:
+        with torch.no_grad():
+            conv(IMAGE)
+    finally:
+        F.conv2d = original
+    return seen[0]
+
+
+@pytest.mark.parametrize("activations", [None, "nvfp4"])
+@pytest.mark.parametrize("name", STANDARDISED)
+def test_standardised_convolutions_are_plain_ones_once_packed(name, activations, tmp_path):
+    model = standardised(name)
+    weight = dense_weight(model[0])
+    policy = fp4fx.Policy.from_dict({**EVERY.to_dict(), "activations": activations})
+    plan = fp4fx.plan(model, policy)
+    (decision,) = plan.decisions
+    assert (decision.site.parameter, decision.site.transform, decision.site.settled) == ("0.weight", None, True)
+    assert decision.label == ("W4A4 in fp32" if activations else "W4A16 in fp32")
+    quantized = fp4fx.quantize(model, policy)
+    groups = model[0].groups
+    rows = rounded(weight.movedim(1, -1).reshape(24, -1), 1)
+    expected = rows.reshape(24, 3, 3, 16 // groups).movedim(-1, 1)
+    torch.testing.assert_close(quantized[0].weight, expected, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        if activations is None:
+            reference = copy.deepcopy(model)
+            original = F.conv2d
+            F.conv2d = lambda x, w, *rest: original(x, expected, *rest)
+            try:
+                torch.testing.assert_close(quantized(IMAGE), reference(IMAGE), rtol=1e-4, atol=1e-4)
+            finally:
+                F.conv2d = original
+    check_compiled(quantized, IMAGE, tolerance=1e-3, fullgraph=True)
+    fp4fx.save(quantized, tmp_path / "it.safetensors")
+    again = fp4fx.load(standardised(name, 1), tmp_path / "it.safetensors")
+    clone = pickle.loads(pickle.dumps(copy.deepcopy(quantized)))
+    with torch.no_grad():
+        assert torch.equal(again(IMAGE), quantized(IMAGE))
+        assert torch.equal(clone(IMAGE), quantized(IMAGE))
+
+
+def test_a_dense_checkpoint_of_a_standardised_convolution_is_computed_and_encoded():
+    quantized, other = fp4fx.quantize(standardised("scaled"), EVERY), standardised("scaled", 1)
+    quantized.load_state_dict(other.state_dict())
+    expected = fp4fx.quantize(other, EVERY)
+    assert torch.equal(quantized[0].weight, expected[0].weight)
+    assert torch.equal(quantized[0].gain, other[0].gain)
+
+
+def test_a_model_of_standardised_convolutions_has_no_computation_left():
+    torch.manual_seed(0)
+    model = timm.create_model("nf_resnet26", num_classes=4).eval()
+    plan = fp4fx.plan(model)
+    assert all(d.site.settled for d in plan.quantized if d.site.op == "conv2d")
+    assert {d.site.parameter for d in plan.decisions} | {n.name for n in plan.unreached} >= {
+        n for n, p in model.named_parameters() if p.dim() > 1
+    }
+    with torch.device("meta"):
+        bare = timm.create_model("resnetv2_50", conv_layer=StdConv2d).eval()
+    assert all(d.site.settled for d in fp4fx.plan(bare).decisions if d.site.op == "conv2d")
