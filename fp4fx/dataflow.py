@@ -23,6 +23,7 @@ RESHAPES = frozenset(
 )
 SPLITS = frozenset({"split", "split_with_sizes", "chunk", "tensor_split", "unbind"})
 CUTS = SPLITS | {"slice", "select", "narrow", "getitem"}
+GATHERS = frozenset({"index", "index_select"})
 VIEWS = IDENTITIES | TRANSPOSES | RESHAPES | CUTS
 
 _SHAPE_READS = frozenset({"size", "dim", "numel", "sym_size", "sym_numel", "is_floating_point", "element_size"})
@@ -90,21 +91,22 @@ def view_chain(node: Node, ends: Collection[Node]) -> Iterator[Node]:
 
 def permutation(node: Node, rank: int) -> tuple[int, ...] | None:
     """The order in which a node of `TRANSPOSES` puts the axes of its input, not negative; None if it is not known."""
-    name, dims = op_name(node), list(node.args[1:])
+    name = op_name(node)
+    dims: list[Any] = list(node.args[1:])
     order = list(range(rank))
     if name == "permute" and len(dims) == 1 and isinstance(dims[0], (list, tuple)):
         dims = list(dims[0])
     if node.kwargs or rank < 1 or not all(isinstance(d, int) and -rank <= d < rank for d in dims):
         return None
     if name == "permute":
-        return tuple(int(d) % rank for d in dims) if len(dims) == rank else None  # type: ignore[call-overload]
+        return tuple(d % rank for d in dims) if len(dims) == rank else None
     if name == "numpy_T" or (name == "t" and rank <= 2):
         return tuple(reversed(order))
     if name == "mT":
         dims = [-2, -1]
     if rank < 2 or len(dims) != 2:
         return None
-    a, b = (int(d) % rank for d in dims)  # type: ignore[call-overload]
+    a, b = (d % rank for d in dims)
     order[a], order[b] = b, a
     return tuple(order)
 
@@ -154,7 +156,7 @@ def gathers(node: Node) -> bool:
         return False
     name, index = op_name(node), node.args[1]
     if name == "index_select":
-        return index == 0
+        return isinstance(index, int) and index == 0
     if name == "index" and isinstance(index, (list, tuple)):
         return len(index) == 1 and isinstance(index[0], Node)
     return name == "getitem" and isinstance(index, Node) and op_name(stack) not in SPLITS

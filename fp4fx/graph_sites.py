@@ -88,6 +88,8 @@ class GraphSites:
 
     sites: tuple[Site, ...]
     nodes: tuple[Node, ...]
+    weights: tuple[Node, ...]
+    """What each of the nodes multiplies with: the parameter itself, or what is made from it."""
     activations: tuple[Any, ...]
     """What each of the nodes reads its activation from: an argument of it."""
     notes: tuple[Note, ...]
@@ -113,7 +115,7 @@ def find_sites(
     if inputs is None:
         inputs = [node for node in graph.nodes if node.op == "placeholder" and node not in parameters]
     dynamic, tied = dependents(graph, inputs), tied or {}
-    found: list[tuple[Node, Any, Site]] = []
+    found: list[tuple[Node, _Use, Site]] = []
     parts: dict[str, str] = {}
     activations: dict[Node, int] = {}
     for node in graph.nodes:
@@ -139,17 +141,18 @@ def find_sites(
                 groups=groups if isinstance(groups, int) else 1,
                 index=len(found),
                 called_in=called_in,
-                own_input=owned and use.last and isinstance(activation, Node) and _comes_with_call(activation, node),
+                own_input=owned and use.last and isinstance(activation, Node) and comes_with_call(activation, node),
                 activation=number,
                 tied=names[1:],
                 transform=weight.transform,
                 refusal=weight.refusal,
                 numel=math.prod(shape),
             )
-            found.append((node, activation, site))
+            found.append((node, use, site))
     sites = _with_siblings([site for _, _, site in found])
     notes = _notes(parameters, {s.parameter for s in sites}, parts)
-    return GraphSites(sites, tuple(node for node, _, _ in found), tuple(read for _, read, _ in found), notes)
+    nodes, uses = tuple(node for node, _, _ in found), [use for _, use, _ in found]
+    return GraphSites(sites, nodes, tuple(use.weight for use in uses), tuple(use.activation for use in uses), notes)
 
 
 def module_of(node: Node) -> str:
@@ -300,12 +303,12 @@ def _leaves(node: Node, parameters: Mapping[Node, str], dynamic: Collection[Node
         seen.add(current)
         if current in parameters:
             leaves.append(current)
-        elif current.target not in COMPUTE_OPS or current not in dynamic:
+        elif (current.target not in COMPUTE_OPS and factors(current) is None) or current not in dynamic:
             stack.extend(reversed(sources(current)))
     return leaves
 
 
-def _comes_with_call(activation: Node, node: Node) -> bool:
+def comes_with_call(activation: Node, node: Node) -> bool:
     """True if `activation`, up to padding and casts, was made before the call of the module that ran `node`."""
     call = next(reversed(node.meta["nn_module_stack"]))
     while activation.op != "placeholder" and call in activation.meta.get("nn_module_stack", ()):

@@ -227,8 +227,17 @@ class SymbolicTrace(fx.Tracer):
             inputs: list[Any] = [self._fresh(name) for name in ("query", "key", "value")]
             nn.MultiheadAttention.forward(module, *inputs)
             called.add(id(module.out_proj))  # by no call, but its weight is used
+        if hasattr(module, "is_transposed") and hasattr(module, "_apply_gate"):
+            self._experts(module, eaten)
         for child in module.children():
             self._reach(child, called, read, eaten)
+
+    def _experts(self, module: nn.Module, eaten: Collection[fx.Node]) -> None:
+        """The products of what transformers decorates as experts: stacks [E, N, K], or [E, K, N] if transposed."""
+        for value in _parameters(module):
+            if value.node not in eaten and value.dim() == 3:
+                stack: Any = value if module.is_transposed else value.transpose(1, 2)
+                torch.bmm(self._fresh("tokens"), stack)
 
     def _reach(self, module: nn.Module, called: set[int], read: set[int], eaten: Collection[fx.Node]) -> None:
         if id(module) in called:
