@@ -67,8 +67,11 @@ def settle(module: nn.Module, name: str) -> None:
         m.training = training
     if is_parametrized(module):
         del module._modules["parametrizations"]
+        for key, loads in list(module._load_state_dict_pre_hooks.items()):  # weight norm's, which cannot be pickled
+            if getattr(getattr(loads, "hook", loads), "__qualname__", "").startswith("weight_norm."):
+                del module._load_state_dict_pre_hooks[key]
         module.__class__ = type(module).__bases__[0]
-    elif _is_standardised(module):
+    elif is_standardised(type(module)):
         module.__class__ = plain(type(module))
     else:
         hook = _hook(module)
@@ -77,16 +80,19 @@ def settle(module: nn.Module, name: str) -> None:
     module.register_parameter(name, nn.Parameter(weight, trained))
 
 
-@functools.cache
 def plain(base: type[nn.Module]) -> type[nn.Module]:
     """The class of a convolution of timm's with weight standardisation, without it: the weight is used as it is."""
+    return _plain(base)  # type: ignore[arg-type]  # a type hashes, whatever its instances do
 
+
+@functools.cache
+def _plain(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, x: Tensor) -> Tensor:
         if getattr(self, "same_pad", False):
             x = sys.modules[_TIMM].pad_same(x, self.kernel_size, self.stride, self.dilation)
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
-    body = {"forward": forward, "computes": _standardised, "settles": base, "__module__": __name__}
+    body = {"forward": forward, "fp4fx_computes": _standardised, "fp4fx_settles": base, "__module__": __name__}
     return type(base.__name__, (base,), body)
 
 
@@ -98,8 +104,9 @@ def _standardised(module: Any, weight: Tensor, gain: Tensor | None) -> Tensor:
     return normed.reshape(weight.shape)
 
 
-def _is_standardised(module: nn.Module) -> bool:
-    return type(module).__module__ == _TIMM and type(module).__name__ in _STANDARDISED
+def is_standardised(cls: type | None) -> bool:
+    """True for timm's own convolutions with weight standardisation."""
+    return cls is not None and cls.__module__ == _TIMM and cls.__name__ in _STANDARDISED
 
 
 def _hook(module: nn.Module) -> Any:
@@ -116,14 +123,14 @@ def _computed(module: nn.Module) -> str | None:
         is_matrix = any(p.dim() > 1 for p in originals)
         return names[0] if len(names) == 1 and is_matrix and _hook(module) is None else None
     hook = _hook(module)
-    return hook.name if hook is not None else "weight" if _is_standardised(module) else None
+    return hook.name if hook is not None else "weight" if is_standardised(type(module)) else None
 
 
 def _sources(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The parameters, by their names in the module, that its computed weight is made from."""
     if is_parametrized(module):
         return {n: p for n, p in module.named_parameters() if n.startswith(f"parametrizations.{name}.")}
-    names = (name, "gain") if _is_standardised(module) else (f"{name}_g", f"{name}_v", f"{name}_orig")
+    names = (name, "gain") if is_standardised(type(module)) else (f"{name}_g", f"{name}_v", f"{name}_orig")
     return {n: p for n in names if (p := module._parameters.get(n)) is not None}
 
 
@@ -131,8 +138,8 @@ def _sources(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
 def _value(module: nn.Module, name: str) -> Tensor:
     """What a module computes as its weight in evaluation."""
     if is_parametrized(module):
-        value = getattr(module, name)
-    elif _is_standardised(module):
+        value: Tensor = getattr(module, name)
+    elif is_standardised(type(module)):
         value = _standardised(module, module._parameters[name], module._parameters.get("gain"))  # type: ignore[arg-type]
     else:
         hook = _hook(module)
@@ -146,7 +153,7 @@ def _is_constant(module: nn.Module, name: str) -> bool:
     weight = _value(module, name)
     if weight.is_meta:
         return True
-    if not _is_standardised(module):
+    if not is_standardised(type(module)):
         return weight.dim() > 1 and torch.equal(weight, _value(module, name))
     conv: Any = module
     size = [max(4, d * (k - 1) + 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]

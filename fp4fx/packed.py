@@ -101,7 +101,9 @@ class Packed(nn.Module):
         for name, spec in self.nvfp4.items():
             dense = state_dict.get(prefix + name)
             if isinstance(dense, Tensor) and tuple(dense.shape) == spec.shape:
-                if (computes := getattr(self, "computes", None)) is not None:  # of a dense model, which computes it
+                if (
+                    computes := getattr(self, "fp4fx_computes", None)
+                ) is not None:  # of a dense model, which computes it
                     dense = computes(dense, state_dict.get(f"{prefix}gain", self._parameters.get("gain")))
                 del state_dict[prefix + name]
                 q, new = encode(dense, spec, prefix + name)
@@ -116,7 +118,7 @@ class Packed(nn.Module):
         recipe = super().__reduce_ex__(max(int(protocol), 2))
         assert isinstance(recipe, tuple)
         base = type(self).__bases__[1]
-        settles = getattr(base, "settles", None)
+        settles = getattr(base, "fp4fx_settles", None)
         given = (settles or base, tuple(self.nvfp4), self.nvfp4_activations is not None, settles is not None)
         return (_blank, given, *recipe[2:])
 

@@ -151,11 +151,11 @@ def _of_packed(model: nn.Module, plan: Plan) -> Report:
         site = decision.site
         module = modules.get(site.module)
         spec = module.nvfp4.get(site.attribute) if isinstance(module, Packed) else None
-        dense = parameters.get(site.parameter)
-        if dense is None and spec is None:  # computed by its module
-            dense = getattr(module, site.attribute, None)
-        if decision.spec is None and dense is not None:
-            rows.append(_row(decision, dense))
+        kept = parameters.get(site.parameter)
+        if kept is None and spec is None:  # computed by its module
+            kept = getattr(module, site.attribute, None)
+        if decision.spec is None and kept is not None:
+            rows.append(_row(decision, kept))
             continue
         if decision.spec is None or spec is None:
             raise PlanError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fp4fx.capture import arguments, emit, needs_gradient, value
+from fp4fx.capture import arguments, emit, feeds_gradient, value
 from fp4fx.pipeline import Context, op_name
 
 quantize = torch.ops.fp4fx.quantize.default
@@ -44,7 +44,7 @@ def expose_qdq(gm: GraphModule, ctx: Context) -> int:
 
 def _needs_gradient(node: Node) -> bool:
     """Whether a gradient flows through; asked of what was captured, not of the grad mode that the passes run under."""
-    return bool(value(arguments(node)[0]).requires_grad) and any(needs_gradient(user) for user in node.users)
+    return bool(value(arguments(node)[0]).requires_grad) and any(map(feeds_gradient, node.users))
 
 
 _DEFAULTS: tuple[Any, ...] = (None, None, "rows", 1, "max", 1, "bf16")

@@ -74,6 +74,30 @@ def constant_inputs(gm: GraphModule, ctx: Context) -> list[Node]:
     return [node for node in given if node in ctx.real and not storages([value(node)]) & written]
 
 
+def program_of(
+    gm: GraphModule, ctx: Context, node: Node
+) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Leaf, ...]] | None:
+    """How a value of any shape is computed from parameters and buffers alone, and these; None if it is not.
+
+    The function gives a tuple of the one value. What another call could answer otherwise is none: random numbers are
+    not looked for, writes and regions of autocast are.
+    """
+    if any(map(is_context_switch, gm.graph.nodes)):
+        return None
+    leaves = constant_inputs(gm, ctx)
+    needed, stack = set(leaves), [node]
+    while stack:
+        current = stack.pop()
+        if current not in needed:
+            if not current.all_input_nodes or current.op not in ("call_function", "call_method") or mutated(current):
+                return None
+            needed.add(current)
+            stack.extend(current.all_input_nodes)
+    compute, read = _program([node], [n for n in gm.graph.nodes if n in needed and n not in set(leaves)], leaves)
+    positions = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    return compute, tuple(Leaf(positions.get(n), ctx.real[n]) for n in read)
+
+
 def _statistics(node: Node) -> set[int]:
     """Storages of the running statistics that a norm in training writes to, which its schema does not tell."""
     if aten_name(node) not in ("batch_norm", "instance_norm"):

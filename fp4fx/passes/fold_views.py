@@ -49,11 +49,8 @@ def fold_views(gm: GraphModule, ctx: Context) -> int:
         elif name_of(node) in ("contiguous", "detach"):
             if not value(weight).is_contiguous(memory_format=node.kwargs.get("memory_format", torch.contiguous_format)):
                 continue
-        elif gathers(node) or (len(shape) > (order == "columns") + 1 and _is_cut(node, split)):
-            stored = ctx.real.get(packed)
+        elif _gathers(node) or (len(shape) > (order == "columns") + 1 and _is_cut(node, split)):
             packed, scale = (_same_view(gm, node, split, part) for part in (packed, scale))
-            if stored is not None:
-                ctx.real = {**ctx.real, packed: stored}
         else:
             continue
         sizes = [
@@ -62,8 +59,18 @@ def fold_views(gm: GraphModule, ctx: Context) -> int:
         ]
         decoded = emit(gm, dequantize, (packed, scale, global_scale, sizes, dtype, order, *rest), like=node)
         substitute(node, decoded)
+        for gone in (node, split):
+            if gone is not None and not gone.users:
+                gm.graph.erase_node(gone)
         rewrites += 1
     return rewrites
+
+
+def _gathers(node: Node) -> bool:
+    """True if a node picks matrices of a stack by their numbers; of a mask codes and scales would not know one size."""
+    return gathers(node) and not any(
+        isinstance(value(n), torch.Tensor) and value(n).dtype == torch.bool for n in node.all_input_nodes[1:]
+    )
 
 
 def _split_of(node: Node) -> Node | None:

@@ -87,20 +87,21 @@ def _product(node: Node, ctx: Context) -> _Product | None:
     if terms is None:
         return None
     for mine, axes, x, read in ((right, terms.right, left, terms.left), (left, terms.left, right, terms.right)):
-        for order in ("rows", "columns"):
-            w = weight_of(mine.node, order)  # type: ignore[arg-type]
-            if w is None:
-                continue
-            turned = order == "columns"
-            sizes = (*w.shape[:-2], w.shape[-1], w.shape[-2]) if turned else w.shape
-            rows = axes[:-2] + axes[-1] + axes[-2] if turned else axes
-            product = _Product(x.node, read, w, sizes, rows, terms.result)
-            if not product.is_linear:
-                continue
-            if product.stack and sizes[0] > MOST:
-                ctx.refusals[mine.node] = f"{sizes[0]} matrices in one product, of which {MOST} at most become calls"
-                continue
-            return product
+        turned = weight_of(mine.node, "columns")
+        w = turned or weight_of(mine.node, "rows")
+        if w is None:
+            continue
+        order = sorted(range(len(axes)), key=lambda i: (i == len(axes) - 2) if turned else 0)
+        rows, sizes = "".join(axes[i] for i in order), tuple(w.shape[i] for i in order)
+        product = _Product(x.node, read, w, sizes, rows, terms.result)
+        if not product.is_linear:
+            continue
+        if product.stack and product.sizes[0] > MOST:
+            ctx.refusals[mine.node] = (
+                f"{product.sizes[0]} matrices in one product, of which {MOST} at most become calls"
+            )
+            continue
+        return product
     return None
 
 

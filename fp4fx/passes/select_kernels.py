@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fp4fx.capture import OpOverload, arguments, needs_gradient, value
+from fp4fx.dataflow import GATHERS, VIEWS
+from fp4fx.dataflow import op_name as name_of
 from fp4fx.kernels import KERNELS
 from fp4fx.lowering import Lowering
 from fp4fx.pipeline import Context, op_name
@@ -60,6 +62,9 @@ _PACKED = {
 
 def _stored(node: Node, name: str, ctx: Context) -> Tensor | None:
     operand: Any = arguments(node)[_PACKED[name]]
+    codes = value(operand).dtype == torch.uint8
+    while codes and name_of(operand) in VIEWS | GATHERS and op_name(operand.args[0]) is None:  # a part of a weight
+        operand = operand.args[0]
     if operand.target is operator.getitem and op_name(arguments(operand)[0]) == "quantize":
         operand = arguments(arguments(operand)[0])[0]  # quantized on every call: the parameter itself
     return ctx.real.get(operand)
