@@ -22,6 +22,7 @@ from fp4fx.errors import (
 )
 from fp4fx.plan import Plan, plan
 from fp4fx.policy import Policy
+from fp4fx.programs import lower
 from fp4fx.quantize import quantize
 from fp4fx.report import Report, report
 
@@ -43,6 +44,7 @@ __all__ = [
     "Report",
     "TraceError",
     "load",
+    "lower",
     "nvfp4",
     "plan",
     "quantize",

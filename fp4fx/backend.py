@@ -40,7 +40,7 @@ def fp4fx(
         name: the name given to torch.compile, for logs.
 
     Raises:
-        BackendError: an option is unknown.
+        BackendError: a mode or an option is unknown.
         FallbackError: with on_fallback="raise", an op could not be fused or the first choice of kernel refused it.
     """
     policy, on_fallback, patches = _read_options(options or {}, mode)
@@ -61,7 +61,10 @@ def fp4fx(
 
 
 def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Policy | None, str, dict[str, Any]]:
-    patches = capture.inductor_options(mode)
+    modes = capture.inductor_modes()
+    if mode is not None and mode not in modes:
+        raise BackendError(f"mode: found {mode!r}, expected one of {', '.join(modes)}")
+    patches = dict(modes[mode]) if mode else {}
     policy, on_fallback = options.get("policy"), options.get("on_fallback")
     if policy is not None and not isinstance(policy, Policy):
         raise BackendError(f"options['policy']: found {type(policy).__name__}, expected fp4fx.Policy")

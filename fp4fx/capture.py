@@ -19,8 +19,11 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
 from fp4fx.dataflow import VIEWS, op_name
@@ -133,6 +136,28 @@ def own_copy(gm: GraphModule) -> GraphModule:
     if sources is not None:
         result.__dict__["_param_name_to_source"] = dict(sources)
     return result
+
+
+def rewritten(program: ExportedProgram, rewrite: Callable[[GraphModule], None]) -> ExportedProgram:
+    """A program on a graph of its own that was rewritten; inputs and the number of results stay what they were."""
+
+    def on_a_copy(gm: GraphModule) -> PassResult:
+        copy = own_copy(gm)
+        rewrite(copy)
+        for node in copy.graph.nodes:
+            if "example_value" in node.meta:
+                node.meta["val"] = node.meta.pop("example_value")
+        copy.graph.output_node().meta.pop("val", None)
+        return PassResult(copy, True)
+
+    return program._transform_do_not_use(on_a_copy)
+
+
+def symbolically_traced() -> bool:
+    """Whether `torch.fx.symbolic_trace` or another tracer of its kind is at work, which records no call on tensors."""
+    if torch.compiler.is_compiling() or not is_fx_symbolic_tracing():
+        return False
+    return get_proxy_mode() is None  # else make_fx, which records every call
 
 
 def real_tensors(gm: GraphModule, example_inputs: Sequence[Any]) -> dict[Node, Tensor]:
@@ -339,11 +364,11 @@ def never_fold(op: Any) -> None:
         add_dont_constant_fold(op)
 
 
-def inductor_options(mode: str | None) -> dict[str, Any]:
-    """What a `mode` of torch.compile means to Inductor."""
+def inductor_modes() -> Mapping[str, Mapping[str, Any]]:
+    """The modes of torch.compile, and what each means to Inductor."""
     import torch._inductor
 
-    return dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    return cast(Mapping[str, Mapping[str, Any]], torch._inductor.list_mode_options())
 
 
 def is_inductor_option(name: str) -> bool:

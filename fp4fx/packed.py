@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fp4fx import nvfp4, ops  # noqa: F401  (ops defines torch.ops.fp4fx)
+from fp4fx.capture import symbolically_traced
 from fp4fx.effective import plain
-from fp4fx.errors import CheckpointError, PlanError
+from fp4fx.errors import CheckpointError, PlanError, TraceError
 from fp4fx.kernels.cpu import library
 from fp4fx.policy import Compute
 from fp4fx.site import Order
@@ -87,6 +88,19 @@ class Packed(nn.Module):
                 self.get_buffer(f"{name}_{part}").copy_(getattr(q, part))
         self.nvfp4 = {**self.nvfp4, name: spec}
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module; a packed parameter keeps its name.
+
+        Raises:
+            PlanError: the name is that of a packed parameter.
+        """
+        if name in self.__dict__.get("nvfp4", {}):
+            raise PlanError(
+                f"{type(self).__name__}.{name}: found a parameter to register in place of the packed one; assign to it "
+                "to encode new values, shard it by fp4fx.parallel.RowwiseParallel or ColwiseParallel"
+            )
+        super().register_parameter(name, param)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept a dense value in place of the packed one: a checkpoint of the original model loads and is encoded.
 
@@ -131,6 +145,12 @@ class Packed(nn.Module):
 
 def _computed(name: str) -> property:
     def get(self: Packed) -> Tensor:
+        if symbolically_traced():
+            base = type(self).__bases__[1].__name__
+            raise TraceError(
+                f"{type(self).__name__}.{name}: found a symbolic trace, in which a decoded weight would become a dense "
+                f"constant; expected a tracer whose is_leaf_module keeps {base} whole; or use torch.export.export"
+            )
         spec = self.nvfp4[name]
         decoded: Tensor = torch.ops.fp4fx.dequantize.default(
             self._buffers[f"{name}_packed"],
@@ -193,7 +213,8 @@ def _class_for(base: type[nn.Module], names: tuple[str, ...], quantizes_input: b
     body: dict[str, Any] = {name: _computed(name) for name in names}
     if quantizes_input:
         body["forward"] = _quantizing_forward(base)
-    return type(f"NVFP4{base.__name__}", (Packed, base), {**body, "__module__": __name__})
+    body["__module__"] = base.__module__  # by which torch.fx tells the modules of torch.nn, which it keeps whole
+    return type(f"NVFP4{base.__name__}", (Packed, base), body)
 
 
 def _blank(base: type[nn.Module], names: tuple[str, ...], quantizes_input: bool, settled: bool = False) -> Packed:

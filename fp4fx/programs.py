@@ -1,0 +1,101 @@
+"""Exported programs of a quantized model, in the form that whoever runs them knows.
+
+`torch.export.export` of a quantized model gives `fp4fx::dequantize` in front of the op that reads the weight (and
+`fp4fx::fake_quantize` in front of an activation); the buffers of the program are the packed bytes. `lower` makes
+other forms of it, with the same buffers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from fp4fx import capture, ops
+from fp4fx.errors import BackendError, FallbackError
+from fp4fx.kernels import cpu
+from fp4fx.passes import PASSES
+from fp4fx.passes.select_kernels import choose
+from fp4fx.pipeline import Context, op_name, run
+
+log = logging.getLogger(__name__)
+
+Form = Literal["portable", "fused", "cpu"]
+
+DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
+    getattr(torch.ops.fp4fx, name).default: getattr(ops, name) for name in ops.__all__
+}
+"""A table for `ExportedProgram.run_decompositions`: every `fp4fx::` op as what it means in ATen ops."""
+
+_FUSING = (
+    "canonicalize",
+    "expose_qdq",
+    "merge_qdq",
+    "fuse_linear",
+    "fuse_conv",
+    "fuse_embedding",
+    "fuse_epilogue",
+    "channels_last",
+    "narrow",
+    "restride",
+)
+"""The passes that need nothing but the graph."""
+_FOR_CPU_KERNELS = ("channels_last", "narrow")
+
+
+def lower(program: ExportedProgram, to: Form, *, on_fallback: Literal["report", "raise"] = "report") -> ExportedProgram:
+    """An exported program of a quantized model in another form; the given one stays as it was.
+
+    Args:
+        program: of `torch.export.export(qmodel, ...)`, strict or not, of fixed or dynamic shapes.
+        to: "portable" has ATen ops only, so that it loads, runs and compiles (AOTInductor) where no fp4fx is: weights
+            are decoded inside of every call. "fused" has one `fp4fx::` op per layer. "cpu" has the CPU kernels' ops
+            `fp4fx_cpu::`, and ATen ops where these refuse; it runs wherever `torch.ops.load_library` has loaded
+            `fp4fx.kernels.cpu.build.library()`, in C++ too.
+        on_fallback: what to do about a layer that the CPU kernels refuse: log it, or raise.
+
+    Raises:
+        BackendError: another form is asked for, or what is given is no exported program.
+        FallbackError: with on_fallback="raise", the CPU kernels refuse an op.
+    """
+    if to not in get_args(Form):
+        raise BackendError(f"lower: found to={to!r}, expected one of {', '.join(map(repr, get_args(Form)))}")
+    if on_fallback not in ("report", "raise"):
+        raise BackendError(f"lower: found on_fallback={on_fallback!r}, expected 'report' or 'raise'")
+    if not isinstance(program, ExportedProgram):
+        found = type(program).__name__
+        raise BackendError(f"lower: found a {found}, expected the result of torch.export.export(qmodel, inputs)")
+    if to == "portable":
+        return program.run_decompositions(dict(DECOMPOSITIONS))
+    inference = program.run_decompositions({})  # whose values require no gradient
+    refusals: list[str] = []
+    lowered = capture.rewritten(inference, lambda gm: _fuse(gm, refusals if to == "cpu" else None))
+    if refusals and on_fallback == "raise":
+        raise FallbackError(f"on_fallback='raise' and this program falls back: {'; '.join(refusals)}")
+    for refusal in refusals:
+        log.info("lower: %s", refusal)
+    return lowered.run_decompositions(dict(DECOMPOSITIONS)) if to == "cpu" else lowered
+
+
+def _fuse(gm: GraphModule, refusals: list[str] | None) -> None:
+    """Run the passes; with a list for refusals, choose the CPU kernels too."""
+    left_out = () if refusals is not None else _FOR_CPU_KERNELS
+    ctx = Context(real={})
+    run(gm, ctx, [step for step in PASSES if step.name in _FUSING and step.name not in left_out])
+    if refusals is None:
+        return
+    for node in gm.graph.nodes:
+        name = op_name(node)
+        if name is None:
+            continue
+        kernel, reasons = choose(node, ctx)
+        if kernel is cpu.KERNEL:
+            kernel.lower(node)
+        else:
+            why = reasons or (f"its device has the kernel {kernel.name}",)
+            refusals.extend(f"fp4fx::{name} ({node.name}): {reason}" for reason in why)
+    gm.recompile()
