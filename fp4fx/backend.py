@@ -14,7 +14,7 @@ from fp4fx import capture
 from fp4fx.errors import BackendError, FallbackError
 from fp4fx.folding import with_parts
 from fp4fx.lowering import ATTRIBUTE, DECISION, NOTE, Lowering
-from fp4fx.passes import PASSES
+from fp4fx.passes import DISTRIBUTED, PASSES
 from fp4fx.pipeline import Context, run
 from fp4fx.policy import Policy
 
@@ -40,7 +40,7 @@ def fp4fx(
         name: the name given to torch.compile, for logs.
 
     Raises:
-        BackendError: a mode or an option is unknown.
+        BackendError: a mode or an option is unknown, or a policy does not fit distributed parameters.
         FallbackError: with on_fallback="raise", an op could not be fused or the first choice of kernel refused it.
     """
     policy, on_fallback, patches = _read_options(options or {}, mode)
@@ -48,7 +48,13 @@ def fp4fx(
     gm = capture.own_copy(gm)
     with capture.configured(patches):
         ctx = Context(capture.real_tensors(gm, example_inputs), policy, freezing=capture.freezing())
-        counts = run(gm, ctx, PASSES)
+        distributed = any(map(capture.is_distributed, gm.graph.nodes))
+        if distributed and policy is not None:
+            raise BackendError(
+                "options['policy']: found distributed parameters, expected plain ones; use fp4fx.quantize before "
+                "parallelize_module, with the styles of fp4fx.parallel"
+            )
+        counts = run(gm, ctx, DISTRIBUTED if distributed else PASSES)
     if ctx.freezing:
         patches = {**capture.UNCACHED, **patches}
     log.info("%s: %s", name or "graph", ", ".join(f"{k} {v}" for k, v in counts.items() if v) or "nothing to do")

@@ -47,6 +47,11 @@ def feeds_gradient(node: Node) -> bool:
     return any(map(feeds_gradient, node.users)) if op_name(node) in VIEWS else needs_gradient(node)
 
 
+def is_distributed(node: Node) -> bool:
+    """Whether a node stands for a DTensor."""
+    return hasattr(value(node), "device_mesh")
+
+
 def arguments(node: Node) -> tuple[Any, ...]:
     """The positional arguments of a node."""
     return node.args

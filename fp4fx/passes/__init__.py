@@ -42,3 +42,6 @@ PASSES: tuple[Pass, ...] = (
     Pass(select_kernels, "chooses an implementation for every fp4fx op that is left"),
     Pass(fold_parameters, "last: takes out what all others have left to compute from parameters alone"),
 )
+
+DISTRIBUTED = tuple(step for step in PASSES if step.name == "select_kernels")
+"""Those for a graph that reads distributed tensors, which are decoded by DTensor's own rules."""

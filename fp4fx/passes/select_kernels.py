@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fp4fx.capture import OpOverload, arguments, needs_gradient, value
+from fp4fx.capture import OpOverload, arguments, is_distributed, needs_gradient, value
 from fp4fx.dataflow import GATHERS, VIEWS
 from fp4fx.dataflow import op_name as name_of
-from fp4fx.kernels import KERNELS
+from fp4fx.kernels import KERNELS, reference
 from fp4fx.lowering import Lowering
 from fp4fx.pipeline import Context, op_name
 from fp4fx.registry import Kernel, Request, select
@@ -45,6 +45,8 @@ def select_kernels(gm: GraphModule, ctx: Context) -> int:
 def choose(node: Node, ctx: Context) -> tuple[Kernel, tuple[str, ...]]:
     """The kernel for an op under `fp4fx::`, and why it is none of those before it."""
     name = str(op_name(node))
+    if is_distributed(node):
+        return reference.KERNEL, ("kernels: the operands are distributed, every rank decodes what it holds",)
     return select(_request(node, name, ctx, frozen=_stored(node, name, ctx) is not None), KERNELS)
 
 
