@@ -145,17 +145,13 @@ def own_copy(gm: GraphModule) -> GraphModule:
 
 def rewritten(program: ExportedProgram, rewrite: Callable[[GraphModule], None]) -> ExportedProgram:
     """A program on a graph of its own that was rewritten; inputs and the number of results stay what they were."""
-
-    def on_a_copy(gm: GraphModule) -> PassResult:
-        copy = own_copy(gm)
-        rewrite(copy)
-        for node in copy.graph.nodes:
-            if "example_value" in node.meta:
-                node.meta["val"] = node.meta.pop("example_value")
-        copy.graph.output_node().meta.pop("val", None)
-        return PassResult(copy, True)
-
-    return program._transform_do_not_use(on_a_copy)
+    gm = own_copy(program.graph_module)
+    rewrite(gm)
+    for node in gm.graph.nodes:
+        if "example_value" in node.meta:
+            node.meta["val"] = node.meta.pop("example_value")
+    gm.graph.output_node().meta.pop("val", None)
+    return program._transform_do_not_use(lambda _: PassResult(gm, True))
 
 
 def symbolically_traced() -> bool:
