@@ -14,7 +14,7 @@ from fp4fx import capture
 from fp4fx.errors import BackendError, FallbackError
 from fp4fx.folding import with_parts
 from fp4fx.lowering import ATTRIBUTE, DECISION, NOTE, Lowering
-from fp4fx.passes import DISTRIBUTED, PASSES
+from fp4fx.passes import AS_CAPTURED, PASSES
 from fp4fx.pipeline import Context, run
 from fp4fx.policy import Policy
 
@@ -40,7 +40,7 @@ def fp4fx(
         name: the name given to torch.compile, for logs.
 
     Raises:
-        BackendError: a mode or an option is unknown, or a policy does not fit distributed parameters.
+        BackendError: a mode or an option is unknown, or a policy does not fit the graph.
         FallbackError: with on_fallback="raise", an op could not be fused or the first choice of kernel refused it.
     """
     policy, on_fallback, patches = _read_options(options or {}, mode)
@@ -48,13 +48,13 @@ def fp4fx(
     gm = capture.own_copy(gm)
     with capture.configured(patches):
         ctx = Context(capture.real_tensors(gm, example_inputs), policy, freezing=capture.freezing())
-        distributed = any(map(capture.is_distributed, gm.graph.nodes))
-        if distributed and policy is not None:
+        ctx.unfused = _unfused(gm)
+        if ctx.unfused and policy is not None:
             raise BackendError(
-                "options['policy']: found distributed parameters, expected plain ones; use fp4fx.quantize before "
-                "parallelize_module, with the styles of fp4fx.parallel"
+                f"options['policy']: found a graph in which {ctx.unfused}, expected plain parameters and calls; use "
+                "fp4fx.quantize first"
             )
-        counts = run(gm, ctx, DISTRIBUTED if distributed else PASSES)
+        counts = run(gm, ctx, AS_CAPTURED if ctx.unfused else PASSES)
     if ctx.freezing:
         patches = {**capture.UNCACHED, **patches}
     log.info("%s: %s", name or "graph", ", ".join(f"{k} {v}" for k, v in counts.items() if v) or "nothing to do")
@@ -64,6 +64,15 @@ def fp4fx(
     stand_ins = [capture.backend_fake(part) for f in ctx.folded for part in f.parts]
     compiled = capture.lower(gm, [*example_inputs, *stand_ins], patches)
     return with_parts(compiled, ctx.folded)
+
+
+def _unfused(gm: GraphModule) -> str:
+    """Why the passes leave the ops of a graph as they were captured, or nothing."""
+    if any(map(capture.is_distributed, gm.graph.nodes)):
+        return "operands are distributed: every rank decodes what it holds"
+    if any("_functorch" in str(getattr(node.target, "__module__", "")) for node in gm.graph.nodes):
+        return "a transform of torch.func is at work"
+    return ""
 
 
 def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Policy | None, str, dict[str, Any]]:

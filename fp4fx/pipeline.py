@@ -39,6 +39,8 @@ class Context:
     policy: Policy | None = None
     """For a model that was never quantized."""
     freezing: bool = False
+    unfused: str = ""
+    """Why every op stays as it was captured, if it does."""
     refusals: dict[Node, str] = field(default_factory=dict)
     """Why a decoded weight or activation could not be eaten by the op that reads it, by dequantize node."""
     folded: list[Folded] = field(default_factory=list)

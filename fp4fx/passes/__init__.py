@@ -43,5 +43,5 @@ PASSES: tuple[Pass, ...] = (
     Pass(fold_parameters, "last: takes out what all others have left to compute from parameters alone"),
 )
 
-DISTRIBUTED = tuple(step for step in PASSES if step.name == "select_kernels")
-"""Those for a graph that reads distributed tensors, which are decoded by DTensor's own rules."""
+AS_CAPTURED = tuple(step for step in PASSES if step.name == "select_kernels")
+"""Those for a graph whose values are not what they seem (distributed tensors, batches of torch.vmap)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fp4fx.capture import OpOverload, arguments, is_distributed, needs_gradient, value
+from fp4fx.capture import OpOverload, arguments, needs_gradient, value
 from fp4fx.dataflow import GATHERS, VIEWS
 from fp4fx.dataflow import op_name as name_of
 from fp4fx.kernels import KERNELS, reference
@@ -32,7 +32,7 @@ def select_kernels(gm: GraphModule, ctx: Context) -> int:
             continue
         stored = _stored(node, name, ctx)
         kernel, refusals = choose(node, ctx)
-        if name == "dequantize" and stored is not None:
+        if name == "dequantize" and stored is not None and not ctx.unfused:
             readers = sorted({_spelling(user) for user in node.users})
             reason = ctx.refusals.get(node, f"its decoded value is read by {', '.join(readers)}")
             refusals = (f"fusion: {reason}", *refusals)
@@ -45,8 +45,8 @@ def select_kernels(gm: GraphModule, ctx: Context) -> int:
 def choose(node: Node, ctx: Context) -> tuple[Kernel, tuple[str, ...]]:
     """The kernel for an op under `fp4fx::`, and why it is none of those before it."""
     name = str(op_name(node))
-    if is_distributed(node):
-        return reference.KERNEL, ("kernels: the operands are distributed, every rank decodes what it holds",)
+    if ctx.unfused:
+        return reference.KERNEL, (f"fusion: {ctx.unfused}",)
     return select(_request(node, name, ctx, frozen=_stored(node, name, ctx) is not None), KERNELS)
 
 

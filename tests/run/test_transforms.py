@@ -116,3 +116,13 @@ def test_make_fx_records_the_ops():
     traced = torch.fx.experimental.proxy_tensor.make_fx(q)(x)
     assert sum(node.target is torch.ops.fp4fx.dequantize.default for node in traced.graph.nodes) == 4
     close(traced(x), q(x))
+
+
+@pytest.mark.parametrize("policy", [ALL, W4A4], ids=["w4a16", "w4a4"])
+def test_a_compiled_vmap_is_left_as_it_is_and_says_so(policy):
+    torch._dynamo.reset()
+    q, x = fp4fx.quantize(ConvNet().eval(), policy), torch.randn(3, 2, 3, 8, 8)
+    with torch.no_grad():
+        close(torch.compile(vmap(q), backend="fp4fx", fullgraph=True)(x), torch.stack([q(one) for one in x]))
+    row = next(row for row in fp4fx.report(q).rows if row.parameter == "body.weight")
+    assert row.kernels == ("dequantize: reference",) and "torch.func" in row.refusals[0]
