@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fp4fx.canonical import canonical
+from fp4fx.graph_sites import COMPUTE_OPS
 from fp4fx.pipeline import Context
 
 
 def canonicalize(gm: GraphModule, ctx: Context) -> int:
     """Spell calls as ATen overloads with all arguments in the schema's order.
 
-    Before: `torch.conv2d(x, w, b, stride=2)`, `torch._C._nn.linear(x, w)`, `F.embedding(i, w)`
+    Before: `torch.conv2d(x, w, b, stride=2)`, `torch._C._nn.linear(x, w)` or `aten.linear(x, w)`, `F.embedding(i, w)`
     After: `aten.conv2d(x, w, b, [2, 2], [0, 0], [1, 1], 1)`, `aten.linear(x, w, None)`,
     `aten.embedding(w, i, -1, False, False)`
     """
@@ -19,9 +20,22 @@ def canonicalize(gm: GraphModule, ctx: Context) -> int:
     for node in gm.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
+        if node.target in COMPUTE_OPS:
+            rewrites += _fill(node)
+            continue
         call = canonical(node.target, node.args, node.kwargs)
         if call is not None:
             node.op = "call_function"
             node.target, node.args, node.kwargs = call
             rewrites += 1
     return rewrites
+
+
+def _fill(node: Node) -> bool:
+    """Give an ATen call all its arguments by position, as exported programs and direct calls leave out defaults."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    if len(node.args) == len(arguments):
+        return False
+    given = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
+    node.args, node.kwargs = tuple(given.get(a.name, a.default_value) for a in arguments), {}
+    return True

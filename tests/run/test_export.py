@@ -34,7 +34,7 @@ class Mixed(nn.Module):
 
 
 def close(found, expected, tolerance=1e-5):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.detach().abs().max()))
 
 
 def ops_of(program):
@@ -82,7 +82,7 @@ def test_the_cpu_kernels_of_a_program(policy):
     assert not any(name.startswith("fp4fx.") for name in found)
     y = program.module()(x)
     close(y, q(x))
-    assert y.is_contiguous()
+    assert y.stride() == q(x).stride()
 
 
 def test_what_the_cpu_kernels_refuse_is_decoded_by_aten_or_an_error(caplog):
