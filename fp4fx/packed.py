@@ -140,7 +140,7 @@ class Packed(nn.Module):
         """The class's own description and what is packed."""
         packed = [f"{name}=NVFP4{list(spec.shape)}" for name, spec in self.nvfp4.items()]
         quantized = [f"activations={self.nvfp4_activations}"] if self.nvfp4_activations else []
-        return ", ".join([part for part in (super().extra_repr(), *packed, *quantized) if part])
+        return ", ".join(filter(None, [super().extra_repr(), *packed, *quantized]))
 
 
 def _computed(name: str) -> property:

@@ -232,9 +232,13 @@ def _row(decision: Decision, stored: Tensor, bits: float | None = None, sqnr: fl
 
 
 def _resident(model: nn.Module) -> int:
-    """Bytes of the storages behind all parameters and buffers; a meta tensor counts what it would take."""
+    """Bytes of the storages behind all parameters and buffers; a meta tensor counts what it would take.
+
+    Of distributed tensors those that this rank holds.
+    """
     sizes: dict[tuple[str, int], int] = {}
     for tensor in (*model.parameters(), *model.buffers()):
+        tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # noqa: PLW2901
         storage = tensor.untyped_storage()
         sizes[str(tensor.device), id(tensor) if tensor.is_meta else storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())

@@ -142,8 +142,10 @@ def check_tensor_parallel_compiled():
     with torch.no_grad():
         compiled = torch.compile(q, backend="fp4fx")
         close(compiled(batch()), model()(batch()))
-    rows = [row for row in fp4fx.report(q).rows if row.decision != "kept"]
-    assert rows
+    report = fp4fx.report(q)
+    assert {row.kernels for row in report.rows} == {("dequantize: reference",)}
+    assert all("distributed" in row.refusals[0] for row in report.rows)
+    assert report.resident < fp4fx.report(model()).resident
 
 
 def check_what_cannot_be_sharded_is_named():

@@ -33,10 +33,7 @@ def close(found, expected):
 
 
 SIZES = {
-    "batch": (ConvNet, [(2, 3, 12, 12), (5, 3, 12, 12), (3, 3, 12, 12)], [0]),
-    "image": (ConvNet, [(2, 3, 12, 12), (2, 3, 9, 14), (2, 3, 20, 8)], [2, 3]),
     "batch and image": (UNet, [(2, 3, 16, 16), (3, 3, 32, 24), (5, 3, 8, 40)], [0, 2, 3]),
-    "sequence": (Attention, [(2, 5, 8), (2, 9, 8), (2, 17, 8)], [1]),
     "batch and sequence": (Attention, [(2, 5, 8), (3, 9, 8), (7, 6, 8)], [0, 1]),
 }
 
@@ -56,19 +53,23 @@ def test_marked_sizes_share_one_graph(name, policy):
     assert counting.graphs == 1
 
 
+def mlp():
+    return nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).eval()
+
+
 def test_without_a_mark_the_second_shape_makes_it_dynamic():
-    q, counting = fp4fx.quantize(ConvNet().eval(), ALL), Counting()
+    q, counting = fp4fx.quantize(mlp(), ALL), Counting()
     compiled = torch.compile(q, backend=counting)
     with torch.no_grad():
         for batch in (2, 3, 4, 5, 6):
-            x = torch.randn(batch, 3, 8, 8)
+            x = torch.randn(batch, 32)
             close(compiled(x), q(x))
     assert counting.graphs == 2
 
 
 def test_each_mode_is_compiled_once():
-    q, counting = fp4fx.quantize(ConvNet().eval(), ALL), Counting()
-    compiled, x = torch.compile(q, backend=counting), torch.randn(2, 3, 8, 8)
+    q, counting = fp4fx.quantize(mlp(), ALL), Counting()
+    compiled, x = torch.compile(q, backend=counting), torch.randn(2, 32)
     for _ in range(3):
         with torch.no_grad():
             compiled(x)
@@ -81,13 +82,13 @@ def test_each_mode_is_compiled_once():
 
 
 def test_new_values_do_not_compile_anew():
-    q, counting = fp4fx.quantize(ConvNet().eval(), ALL), Counting()
-    compiled, x = torch.compile(q, backend=counting), torch.randn(2, 3, 8, 8)
+    q, counting = fp4fx.quantize(mlp(), ALL), Counting()
+    compiled, x = torch.compile(q, backend=counting), torch.randn(2, 32)
     with torch.no_grad():
         compiled(x)
-        q.load_state_dict(fp4fx.quantize(ConvNet().eval(), ALL).state_dict())
+        q.load_state_dict(fp4fx.quantize(mlp(), ALL).state_dict())
         close(compiled(x), q(x))
-        q.head.weight = torch.randn(10, 32)
+        q[2].weight = torch.randn(16, 48)
         close(compiled(x), q(x))
     assert counting.graphs == 1
 
@@ -122,8 +123,8 @@ def test_a_block_is_compiled_by_name_inside_a_model_that_is_not():
 
 
 def test_several_models_in_one_process():
-    models = [fp4fx.quantize(make().eval(), policy) for make in (ConvNet, UNet) for policy in (ALL, W4A4)]
-    models += [fp4fx.quantize(ConvNet(48).eval(), ALL), fp4fx.quantize(ConvNet().eval(), ALL)]
+    policies = (ALL, W4A4, ALL)  # two of one structure, with other weights
+    models = [fp4fx.quantize(ConvNet().eval(), policy) for policy in policies]
     compiled = [torch.compile(q, backend="fp4fx", fullgraph=True) for q in models]
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
