@@ -37,11 +37,11 @@ class ColwiseParallel(TorchColwiseParallel):
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         _shard(module, device_mesh, 0, self.src_data_rank)
-        super()._partition_linear_fn(name, module, device_mesh)
+        super()._partition_linear_fn(name, module, device_mesh)  # type: ignore[no-untyped-call]
 
     def _partition_embedding_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         _shard(module, device_mesh, 1, self.src_data_rank)
-        super()._partition_embedding_fn(name, module, device_mesh)
+        super()._partition_embedding_fn(name, module, device_mesh)  # type: ignore[no-untyped-call]
 
 
 class RowwiseParallel(TorchRowwiseParallel):
@@ -53,14 +53,14 @@ class RowwiseParallel(TorchRowwiseParallel):
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         if not _shard(module, device_mesh, 1, self.src_data_rank):
-            super()._partition_linear_fn(name, module, device_mesh)
+            super()._partition_linear_fn(name, module, device_mesh)  # type: ignore[no-untyped-call]
         elif isinstance(module.bias, nn.Parameter):
             bias = distribute_tensor(module.bias, device_mesh, [Replicate()], src_data_rank=self.src_data_rank)
             module.bias = nn.Parameter(bias, requires_grad=module.bias.requires_grad)
 
     def _partition_embedding_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         _shard(module, device_mesh, 0, self.src_data_rank)
-        super()._partition_embedding_fn(name, module, device_mesh)
+        super()._partition_embedding_fn(name, module, device_mesh)  # type: ignore[no-untyped-call]
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh, dim: int, source: int | None) -> bool:

@@ -70,7 +70,8 @@ def lower(program: ExportedProgram, to: Form, *, on_fallback: Literal["report", 
         found = type(program).__name__
         raise BackendError(f"lower: found a {found}, expected the result of torch.export.export(qmodel, inputs)")
     if to == "portable":
-        return program.run_decompositions(dict(DECOMPOSITIONS))
+        portable: ExportedProgram = program.run_decompositions(dict(DECOMPOSITIONS))
+        return portable
     inference = program.run_decompositions({})  # whose values require no gradient
     refusals: list[str] = []
     lowered = capture.rewritten(inference, lambda gm: _fuse(gm, refusals if to == "cpu" else None))

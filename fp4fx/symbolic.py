@@ -237,7 +237,8 @@ class SymbolicTrace(fx.Tracer):
         for value in _parameters(module):
             if value.node not in eaten and value.dim() == 3:
                 stack: Any = value if module.is_transposed else value.transpose(1, 2)
-                torch.bmm(self._fresh("tokens"), stack)
+                tokens: Any = self._fresh("tokens")
+                torch.bmm(tokens, stack)
 
     def _reach(self, module: nn.Module, called: set[int], read: set[int], eaten: Collection[fx.Node]) -> None:
         if id(module) in called:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from fp4fx.canonical import canonical
+from fp4fx.capture import OpOverload
 from fp4fx.graph_sites import COMPUTE_OPS
 from fp4fx.pipeline import Context
 
@@ -20,7 +21,7 @@ def canonicalize(gm: GraphModule, ctx: Context) -> int:
     for node in gm.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
-        if node.target in COMPUTE_OPS:
+        if node.target in COMPUTE_OPS and isinstance(node.target, OpOverload):
             rewrites += _fill(node)
             continue
         call = canonical(node.target, node.args, node.kwargs)
