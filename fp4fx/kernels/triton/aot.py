@@ -2,8 +2,9 @@
 
 `python -m fp4fx.kernels.triton.aot --targets 80,90,100,120` asks each module of this package for its `variants()`,
 compiles them for the targets that they claim, and prints what came of it: registers, stack, shared memory, the matrix
-instruction. It ends with 1 if a register spills, shared memory does not fit, the matrix instruction is missing or a
-variant does not compile where it says it does; what this Triton is too old for is a row with the reason.
+instruction. It ends with 1 if a register spills, shared memory does not fit, the matrix instruction is missing, another
+is there that changes promised bits, or a variant does not compile where it says it does; what this Triton is too old
+for is a row with the reason.
 """
 
 from __future__ import annotations
@@ -168,6 +169,7 @@ def check(job: Job) -> Row:
     wanted = variant.matrix.get(claimed(job.target))
     if wanted is not None and not any(all(word in line for word in wanted.split()) for line in ptx.splitlines()):
         problems.append(f"no {wanted} in the PTX")
+    problems += [f"{word} in the PTX" for word in variant.absent if word in ptx]
     return job.row(
         problems=tuple(problems),
         registers=registers,
@@ -189,7 +191,7 @@ def compile_variant(variant: Variant, target: int) -> tuple[Any, str]:
         raise ValueError(f"the kernel's arguments are {names}, the signature's {list(variant.signature)}")
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
     source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constants), aligned)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     return compiled, printed.getvalue()
@@ -327,13 +329,21 @@ def verdict(rows: Sequence[Row]) -> str:
     return text + (f"; {stacked} have a stack without a spill" if stacked else "")
 
 
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    """One row a line, without what is not known of it."""
+    given = ({name: value for name, value in asdict(row).items() if value is not None} for row in rows)
+    facts = {"triton": triton.__version__, "date": time.strftime("%Y-%m-%d", time.gmtime()), "verdict": verdict(rows)}
+    lines = ",\n  ".join(map(json.dumps, given))
+    path.write_text(f'{json.dumps(facts, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n', "utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table, and give the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default="80,90,100,120", metavar="N,N", help="compute capabilities times 10")
     parser.add_argument("--only", default="", metavar="TEXT", help="variants whose module.name has this in it")
     parser.add_argument("--modules", nargs="*", metavar="MODULE", help="with `variants()`; default: this package's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     given = parser.parse_args(arguments)
     targets = [int(text) for text in given.targets.split(",") if text.strip().isdigit()]
     if not targets or len(targets) != len(given.targets.split(",")) or not set(targets) <= set(SHARED):
@@ -348,8 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(rows))
     print(f"\n{verdict(rows)}; {time.perf_counter() - start:.0f} s")
     if given.json is not None:
-        facts = {"triton": triton.__version__, "targets": targets, "rows": [asdict(row) for row in rows]}
-        given.json.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+        _write(given.json, rows)
     return int(any(row.problems for row in rows))
 
 

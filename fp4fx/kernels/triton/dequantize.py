@@ -5,7 +5,8 @@ A program writes a tile of whole blocks. Of rows of whole blocks both values of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -16,11 +17,13 @@ from fp4fx import nvfp4
 from fp4fx.errors import LayoutError
 from fp4fx.kernels.triton import tuning
 from fp4fx.kernels.triton.codec import decode_e2m1, decode_e4m3
-from fp4fx.kernels.triton.quantize import tile_of
-from fp4fx.kernels.triton.variant import Variant
+from fp4fx.kernels.triton.quantize import LONGEST, tile_of
+from fp4fx.kernels.triton.variant import EXACT, NO_FMA, Variant
 from fp4fx.ops.library import check_weight
 from fp4fx.policy import Compute
 from fp4fx.site import Order
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
@@ -116,7 +119,9 @@ def _decode(
     dtype: torch.dtype,
 ) -> Tensor:
     """-> [*lead, k] of dtype: all rows of the packed, or those of dense indices [*lead]."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if k > LONGEST:
+        raise LayoutError(f"a row has at most {LONGEST} values here, found {k}; decode shorter ones")
+    if dtype not in DTYPES:
         raise LayoutError(f"the kernel decodes to float32, float16 and bfloat16, found {dtype}; cast its result")
     check_weight(packed, scale, global_scale, k)
     packed, scale = packed.contiguous(), scale.contiguous()
@@ -126,14 +131,18 @@ def _decode(
         return out
     t = tile_of("dequantize", m, k, tuning.family_of(out.device))
     columns = triton.cdiv(blocks, t["BLOCKS"])
-    # Triton leaves assertions in when it debugs, and would then also check integers for overflow.
-    checks = {"debug": True, "sanitize_overflow": False} if indices is not None else {}
-    _dequantize_kernel[(triton.cdiv(m, t["ROWS"]) * columns,)](
-        packed, scale, global_scale, scale if indices is None else indices, out, scale.numel() // blocks, m, k, blocks,
-        columns, WHOLE=k % 16 == 0, GATHER=indices is not None,
-        enable_fp_fusion=False, **t, **checks,
-    )  # fmt: skip
+    gather = indices is not None
+    with torch.cuda.device_of(out):  # a kernel is launched on the current one
+        _dequantize_kernel[(triton.cdiv(m, t["ROWS"]) * columns,)](
+            packed, scale, global_scale, scale if indices is None else indices, out, scale.numel() // blocks, m, k,
+            blocks, columns, WHOLE=k % 16 == 0, GATHER=gather, **_options(gather), **t,
+        )  # fmt: skip
     return out
+
+
+def _options(gather: bool) -> Mapping[str, Any]:
+    """Triton leaves assertions in when it debugs, and would then also check integers for overflow."""
+    return {**EXACT, "debug": True, "sanitize_overflow": False} if gather else EXACT
 
 
 # --- for ahead-of-time compilation ------------------------------------------------------------------------------------
@@ -158,6 +167,6 @@ def variants() -> Iterator[Variant]:
                     found[name] = Variant(
                         name=name, kernel=_dequantize_kernel, signature=signature, constants=constants,
                         aligned=tuple(a for a in signature if a.endswith("_ptr")), num_warps=shape["num_warps"],
-                        targets=tuple(dict.fromkeys(targets)),
+                        targets=tuple(dict.fromkeys(targets)), options=_options(gather), absent=NO_FMA,
                     )  # fmt: skip
     yield from found.values()

@@ -7,7 +7,7 @@ import sys
 import triton
 import triton.language as tl
 
-from fp4fx.kernels.triton.variant import Variant
+from fp4fx.kernels.triton.variant import EXACT, NO_FMA, Variant
 
 
 @triton.jit
@@ -38,6 +38,13 @@ def sort_rows(x_ptr, SIZE: tl.constexpr):
 def broken(x_ptr, SIZE: tl.constexpr):
     tl.static_assert(SIZE == 1, "only one")
     tl.store(x_ptr, 0.0)
+
+
+@triton.jit
+def multiply_and_add(x_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + i)
+    tl.store(x_ptr + i, x * x + 1.5)
 
 
 MATRIX = {80: "mma.sync m16n8k16", 90: "wgmma bf16", 100: "tcgen05.mma kind::f16", 120: "mma.sync bf16"}
@@ -71,4 +78,6 @@ def variants():
     yield product("no matrix", 64, 64, 64, targets=(90,), matrix={90: "tcgen05.mma"})
     yield alone("spilling", sort_rows, 128, targets=(90,))
     yield alone("broken", broken, 2, targets=(80,))
+    yield alone("exact", multiply_and_add, 128, targets=(90,), options=EXACT, absent=NO_FMA)
+    yield alone("contracted", multiply_and_add, 128, targets=(90,), absent=NO_FMA)
     yield alone("later", broken, 2, since={90: "99.0"}, targets=(80, 90))

@@ -38,9 +38,10 @@ def test_a_problem_is_the_exit_status_and_the_good_ones_are_not(done):
         ("no matrix", 90),
         ("spilling", 90),
         ("broken", 80),
+        ("contracted", 90),
         ("later", 80),
     ]
-    assert "5 of 10 compilations are as claimed" in run.stdout
+    assert "6 of 12 compilations are as claimed" in run.stdout
 
 
 def test_the_matrix_instruction_is_that_of_the_target(done):
@@ -66,6 +67,7 @@ def test_what_is_wrong_is_said(done):
     assert rows["no matrix", 90]["problems"] == ["no tcgen05.mma in the PTX"]
     assert rows["spilling", 90]["spilled"] > 1000
     assert rows["spilling", 90]["problems"] == [f"spills {rows['spilling', 90]['spilled']} bytes"]
+    assert rows["contracted", 90]["problems"] == ["fma.rn.f32 in the PTX"]
     assert rows["broken", 80]["problems"] == ["does not compile: CompileTimeAssertionFailure: only one"]
     assert all(row["problems"][0] in run.stdout for row in rows.values() if row["problems"])
 
@@ -75,7 +77,7 @@ def test_what_this_triton_is_too_old_for_is_a_row_and_what_is_not_claimed_is_non
     assert rows["later", 90]["skipped"].startswith("needs triton 99.0, this is ")
     assert "needs triton 99.0" in run.stdout
     assert {target for name, target in rows if name == "large"} == {90, 120}
-    assert len(rows) == 11
+    assert len(rows) == 13
 
 
 def test_a_module_that_cannot_say_what_it_has_is_a_row():

@@ -6,9 +6,11 @@ from triton.runtime import interpreter
 
 from fp4fx import nvfp4, ops
 from fp4fx.errors import LayoutError
+from fp4fx.kernels.triton import dequantize as module
 from fp4fx.kernels.triton.dequantize import dequantize, embedding
 from tests.kernels.test_cpu_codec import KINDS, same_bits
 from tests.kernels.triton.compiling import compile_variants
+from tests.kernels.triton.launches import Launches
 
 SHAPES = ((1, 1), (3, 15), (17, 16), (5, 33), (20, 48), (33, 100), (2, 3, 32))
 
@@ -74,6 +76,14 @@ def test_rows_of_any_strides_and_none(device):
     expected = nvfp4.dequantize_rows(packed[::2], scale[::2], g, 40, torch.float32)
     assert same_bits(dequantize(packed[::2], scale[::2], g, (6, 40), torch.float32), expected)
     assert dequantize(packed[:0], scale[:0], g, (0, 40), torch.float32).shape == (0, 40)
+
+
+def test_kernels_are_launched_on_the_device_of_the_rows(device, monkeypatch):
+    launches = Launches(monkeypatch, module, "_dequantize_kernel")
+    q = random_rows(4, 16, device=device)
+    dequantize(*q, (4, 16), torch.float32)
+    embedding(torch.zeros(2, dtype=torch.int64, device=device), *q, 16, torch.float32)
+    assert [guard for guard, _ in launches.seen] == [q[0].device] * 2
 
 
 def test_refusals(device):

@@ -10,6 +10,7 @@ from fp4fx.kernels.triton.quantize import quantize, quantize_with, refuse_quanti
 from fp4fx.kernels.triton.swizzle import to_blocked
 from tests.kernels.test_cpu_codec import DTYPES, KINDS, many_magnitudes
 from tests.kernels.triton.compiling import compile_variants
+from tests.kernels.triton.launches import Launches, far_apart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in cast")  # NumPy's, of an infinity or a NaN
 
@@ -100,6 +101,21 @@ def test_a_static_global_scale_is_copied(device):
         assert torch.equal(used, g) and used.data_ptr() != g.data_ptr()
 
 
+def test_rows_further_apart_than_32_bits(device, tmp_path):
+    if device == "cuda":
+        pytest.skip("its values are in a file")
+    for stride in (2**31 + 16, 2**30 + 1):
+        x = far_apart(tmp_path, (3, 40), (stride, 1), torch.float16)
+        check(quantize(x), nvfp4.quantize_rows(x))
+
+
+def test_kernels_are_launched_on_the_device_of_x(device, monkeypatch):
+    launches = Launches(monkeypatch, module, "amax_kernel", "quantize_kernel")
+    x = torch.randn(4, 32, device=device)
+    quantize(x)
+    assert [guard for guard, _ in launches.seen] == [x.device] * 2
+
+
 def test_refusals(device):
     x = torch.randn(2, 16, device=device)
     assert refuse_quantize("max") is refuse_quantize("search") is None
@@ -116,6 +132,11 @@ def test_refusals(device):
         quantize(x, torch.ones(1, device=device))
     with pytest.raises(LayoutError, match="no values"):
         quantize(x[:, :0])
+    with pytest.raises(LayoutError, match="at most 2147475456 values here, found 2147483648"):
+        quantize(x[0, :1].expand(2**31))
+    for seed in (torch.tensor([1], device=device), torch.tensor(1, dtype=torch.int32, device=device)):
+        with pytest.raises(LayoutError, match=r"stochastic must be an int or i64 \[\]"):
+            quantize_with(x, None, stochastic=seed)
     with pytest.raises(LayoutError, match="hadamard"):
         quantize_with(x, None, hadamard=torch.eye(8, device=device))
 
@@ -179,6 +200,30 @@ def test_stochastic_rounding_is_that_of_the_seed(device):
     same = quantize_with(x[:1].expand(20, 40), None, stochastic=1)[0]
     assert len(same.unique(dim=0)) == 20  # every row draws its own
     check(quantize_with(x, None, stochastic=0), quantize_with(x, None, stochastic=0))
+    check(quantize_with(x, None, stochastic=torch.tensor(1, device=device)), first)
+    far = 2**40 + 1  # more than 32 bits of a seed count
+    assert not torch.equal(quantize_with(x, None, stochastic=far)[0], first[0])
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_draws_anew_from_a_tensor(device):
+    if device != "cuda":
+        pytest.skip("needs a CUDA device")
+    x = torch.randn(20, 40, device=device)
+
+    def both():
+        seed = torch.randint(2**63 - 1, (), device=device)
+        return [quantize_with(x, None, stochastic=s)[0] for s in (seed, 1)]
+
+    both()  # compiles
+    graph, replays = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        found = both()
+    for _ in range(2):
+        graph.replay()
+        replays.append([codes.clone() for codes in found])
+    assert not torch.equal(replays[0][0], replays[1][0])
+    assert torch.equal(replays[0][1], replays[1][1])
 
 
 def test_stochastic_scales_have_headroom(device):
@@ -210,4 +255,4 @@ def test_stochastic_error_is_that_of_the_method(device):
 
 
 def test_compiles_ahead_of_time():
-    compile_variants("quantize", ("amax-bf16-8x512", "quantize-bf16-8x512-stochastic"))
+    compile_variants("quantize", ("amax-bf16-8x512", "quantize-bf16-8x512-stochastic", "quantize-bf16-8x512-search"))
