@@ -21,7 +21,7 @@ from fp4fx.errors import LayoutError
 from fp4fx.kernels.triton import tuning
 from fp4fx.kernels.triton.conv_geometry import Geometry, geometry
 from fp4fx.kernels.triton.conv_kernels import conv_kernel, sum_kernel
-from fp4fx.kernels.triton.variant import Variant
+from fp4fx.kernels.triton.variant import FUSED, Variant
 from fp4fx.nvfp4 import BLOCK
 from fp4fx.ops.epilogue import check_epilogue
 from fp4fx.ops.library import CHANNELS_LAST, check_input, check_weight
@@ -66,7 +66,7 @@ class _Call(NamedTuple):
 
     def run(self) -> None:
         """Launch it, on the current device."""
-        options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
+        options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages, **FUSED}
         self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
 
@@ -125,6 +125,7 @@ def _calls(t: _Product, y: Tensor, g: Geometry, family: str, parts: int | None =
     pixels = t.x if quantized else t.x.movedim(1, -1)
     if quantized or (pixels.stride(-1) != 1 and t.in_channels > 1):
         pixels = pixels.contiguous()
+    pixels = g.near(pixels)
     pairs = 0 if quantized else _pairs(pixels, channels)
     unit = pixels.shape[-1] if quantized else 2 if pairs else 1
     x_image, *x_strides = (s // unit if n > 1 else 0 for s, n in zip(pixels.stride()[:-1], pixels.shape, strict=False))
@@ -153,7 +154,6 @@ def _calls(t: _Product, y: Tensor, g: Geometry, family: str, parts: int | None =
 
 
 # --- ops --------------------------------------------------------------------------------------------------------------
-
 
 _FEW = 16
 """Results per group from which on a tile is worth it: the least rows of a dot."""
@@ -199,8 +199,8 @@ def conv(
     t = _Product(x, x_scale, x_global_scale, packed, scale, global_scale, bias, channel_scale, residual, in_channels,
                  groups, activation, compute)  # fmt: skip
     spatial = tuple(x.shape[1:-1] if x_scale is not None else x.shape[2:])
-    g = geometry(spatial, tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
-    return _run(t, g, dtype, parts)
+    sizes = (tuple(sizes) for sizes in (kernel_size, stride, padding, dilation))
+    return _run(t, geometry(spatial, *sizes), dtype, parts)
 
 
 def conv_transpose(
@@ -254,9 +254,7 @@ def _run(t: _Product, g: Geometry, dtype: torch.dtype | None, parts: int | None)
         torch._check(same, lambda: f"residual: found {found}, expected the result's {list(y.shape)}")
         if residual.stride() != y.stride():
             residual = torch.empty_like(y).copy_(residual)
-    dense: dict[str, Any] = {
-        name: None if value is None else value.contiguous() for name in _DENSE for value in [getattr(t, name)]
-    }
+    dense = {name: value.contiguous() for name in _DENSE if (value := getattr(t, name)) is not None}
     with torch.cuda.device_of(y):
         for call in _calls(t._replace(residual=residual, **dense), y, g, tuning.family_of(y.device), parts):
             call.run()
@@ -280,7 +278,7 @@ def _check(t: _Product, g: Geometry, dtype: torch.dtype | None) -> torch.dtype:
     for name, vector in (("bias", t.bias), ("channel_scale", t.channel_scale)):
         if vector is not None and vector.shape != (n,):
             raise LayoutError(f"{name} must have {n} values, found {tuple(vector.shape)}")
-    if t.x.shape[0] * math.prod(g.outer) >= 2**31:
+    if t.x.shape[0] * math.prod(g.outer) >= 2**31 - 256:  # a tile may end past the last one
         raise LayoutError(f"a result of {t.x.shape[0]} x {g.outer} pixels: the kernels count them in 31 bits")
     return result
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
+from torch import Tensor
+
 from fp4fx.errors import LayoutError
 
 Axes = tuple[int, int, int]
@@ -52,6 +54,20 @@ class Geometry(NamedTuple):
     def is_pointwise(self) -> bool:
         """Every pixel by itself."""
         return not self.transposed and self.taps == 1 and not any(self.padding) and set(self.stride) == {1}
+
+    def near(self, pixels: Tensor) -> Tensor:
+        """x [B, *spatial, C] as it lies, or a copy if what one output reads is further apart than 31 bits.
+
+        Raises:
+            LayoutError: it still is.
+        """
+        for copy in (False, True):
+            x = pixels.contiguous() if copy else pixels
+            strides = (*(0,) * (5 - x.dim()), *x.stride()[1:-1])
+            axes = zip(self.kernel, self.stride, self.padding, self.dilation, strides, strict=True)
+            if sum((p + s + d * k) * apart for k, s, p, d, apart in axes) < 2**31:
+                return x
+        raise LayoutError(f"a tap reads over 2**31 values of x away from another: {self.kernel} of {self.inner} pixels")
 
 
 @functools.lru_cache(maxsize=1024)

@@ -91,8 +91,9 @@ def reduce(part_ptr, out_ptr, channel_scale_ptr, bias_ptr, residual_ptr, M, N, p
            HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
            ACTIVATION: tl.constexpr):  # fmt: skip
     """Sum of [parts, M, N] (fp32, or one part of the result's dtype, also in place) and epilogue -> out [M, N]."""
-    m = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.cdiv(N, BLOCK)
+    m = (tl.program_id(0) // columns).to(tl.int64)  # not an axis of the grid, which has 65535 programs at most
+    n = tl.program_id(0) % columns * BLOCK + tl.arange(0, BLOCK)
     mask = n < N
     at = m * N + n
     total = tl.load(part_ptr + at, mask=mask, other=0.0).to(tl.float32)

@@ -70,7 +70,7 @@ def gemv(x_ptr, packed_ptr, scale_ptr, global_ptr, out_ptr, channel_scale_ptr, b
         factor = codec.decode_e4m3(tl.load(scale_ptr + start + block[None, :], mask=mask, other=0))
         sums = ()
         for m in tl.static_range(M):
-            row = x_ptr + m * x_row
+            row = x_ptr + m * tl.cast(x_row, tl.int64)
             dot = _dot(words.to(tl.int32), row, block * 16, K)
             dot += _dot((words >> 32).to(tl.int32), row, block * 16 + 8, K)
             sums = sums + (accs[m] + dot * factor,)  # type: ignore[assignment]

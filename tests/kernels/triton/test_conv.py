@@ -13,6 +13,7 @@ from fp4fx.errors import LayoutError
 from fp4fx.kernels.triton import conv as kernels
 from fp4fx.kernels.triton.conv_geometry import geometry
 from tests.kernels.triton.compiling import compile_variants
+from tests.kernels.triton.launches import far_apart
 
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -166,6 +167,19 @@ def test_x_of_any_strides(device):
             assert (y.double() - body("conv", *args)).norm() < LIMIT[dtype] * y.double().norm()
 
 
+@pytest.mark.parametrize("c", [32, 6])
+def test_pixels_further_apart_than_32_bits(c, device, tmp_path):
+    if device == "cuda":
+        pytest.skip("its values are in a file")
+    packed, bias = operands("conv", (4, c, 3), (1,), device)
+    for stride in (2**30 + 1, 2**29 - 1):  # too far for one output, and near enough
+        x = far_apart(tmp_path, (1, c, 5), (1, 1, stride), torch.float16)
+        check("conv", (x, *packed, bias, c, (3,), [1], [0], [1], 1))
+    huge = torch.empty((1, 2, 2, 2**29, 4), device="meta")
+    with pytest.raises(LayoutError, match="away from another"):
+        geometry((2, 2, 2**29), (2, 2, 1), (1,) * 3, (0,) * 3, (1,) * 3).near(huge)
+
+
 def test_nothing_and_one_of_everything(device):
     packed, bias = operands("conv", (1, 32, 3, 3), (1,), device)
     geometry = (32, (3, 3), [1, 1], [1, 1], [1, 1], 1)
@@ -191,10 +205,10 @@ def test_the_result_is_the_same_every_time_whatever_was_in_memory(device):
     packed, bias = operands("conv", (16, 96, 3, 3), (1,), device)
     x = torch.randn(1, 96, 3, 3, device=device)
     args = (x, *packed, bias, 96, (3, 3), [1, 1], [1, 1], [1, 1], 1)
-    first = kernels.conv(*args, parts=16)  # more than there is work for
+    first = kernels.conv(*args, compute="fp32", parts=16)  # more than there is work for
     poison = torch.full((16 * first.numel(),), math.nan, device=device)
     del poison
-    assert torch.equal(kernels.conv(*args, parts=16), first)
+    assert torch.equal(kernels.conv(*args, compute="fp32", parts=16), first)
     agree(first, body("conv", *args), torch.float32)
 
 
