@@ -21,6 +21,7 @@ from benchmarks.gpu_timing import rotate
 from benchmarks.peers.base import UnavailableError, linear_module
 from fp4fx import nvfp4
 from fp4fx.bench import Call
+from fp4fx.kernels import scaled_mm
 
 OURS, CUBLAS, CUDNN = "fp4fx", "cuBLAS bf16", "cuDNN bf16, channels_last"
 GROUP = 128
@@ -78,6 +79,18 @@ def linear(m: int, n: int, k: int, device: torch.device, **options: Any) -> list
     def make(_: int) -> Call:
         parts = [part.clone() for part in (q.packed, q.scale, q.global_scale)]
         return functools.partial(run, inputs(m, k, device), *parts, None, k, **options)
+
+    return rotate(make, packed_bytes(n, k), device)
+
+
+def linear_w4a4(m: int, n: int, k: int, device: torch.device, way: str) -> list[Call]:
+    """The product with a packed x: by fp4fx's kernel ("native") or by the library's ("scaled_mm")."""
+    run = kernel("linear").linear if way == "native" else functools.partial(scaled_mm.linear, own_rows=0)
+    q, x = weight(n, k, device), nvfp4.quantize(inputs(m, k, device))
+
+    def make(_: int) -> Call:
+        parts = [part.clone() for part in (q.packed, q.scale, q.global_scale)]
+        return functools.partial(run, x.packed, *parts, None, k, x.scale, x.global_scale, dtype_of(device))
 
     return rotate(make, packed_bytes(n, k), device)
 

@@ -45,6 +45,8 @@ ROWS_OF = {
     DECODE: (32, 64, 128, 256, 512),
 }
 """Rows of x that each schedule of a linear layer is measured at: more than it is used for, so that crossovers show."""
+W4A4 = ("native", "scaled_mm")
+"""Two packed sides where the matrix unit reads such, by Triton and by the library: measured where "gemm" is."""
 QUANTIZE = ((16, 4096), (512, 4096), (4096, 4096), (3136, 64))
 """Rows and values a row."""
 
@@ -81,10 +83,10 @@ def _rules(family: str) -> Iterator[tuple[str, int | None, int | None, int | Non
                 )
                 yield "split_k", m, n, k, _fitting(tile._replace(split_k=min(split, most)), family)
     for m in (16, 32, 64):
-        yield "gemm", m, None, None, _fitting(Tile(m, 64, 128), family)
+        yield "gemm", m, None, None, _whole(_fitting(Tile(m, 64, 128), family), family)
     for low, m in ((65, 128), (129, 256), (257, 512), (513, 2048), (2049, None)):
         for low_n, n in ((512, 2048), (2048, 4096), (4096, 8192), (8192, None)):
-            yield "gemm", m, n, None, _fitting(_filling(low, low_n + 1, family), family)
+            yield "gemm", m, n, None, _whole(_fitting(_filling(low, low_n + 1, family), family), family)
     for m, n, block_m, block_n in (
         *((16, None, 16, 64), (32, None, 32, 64), (4096, None, 64, 64), (16384, None, 128, 64)),
         *((None, 64, 128, 64), (None, None, 128, 128)),
@@ -116,6 +118,13 @@ def _fitting(tile: Tile, family: str) -> Tile:
     raise AssertionError(f"no room for {tile} on {family}")
 
 
+def _whole(tile: Tile, family: str) -> Tile:
+    """A tile of which nothing spills, with the longest epilogue too."""
+    if family == "sm_100" and tile[:3] == (64, 64, 128):
+        return tile._replace(num_warps=8)
+    return tile._replace(block_n=64) if family == "sm_80" and tile[:2] == (128, 128) else tile
+
+
 def _bytes(tile: Tile, block_k: int) -> int:
     return block_k * (2 * tile.block_m) + block_k * 9 // 16 * tile.block_n
 
@@ -130,7 +139,7 @@ def limits_assumed() -> dict[str, Row]:
 
 def candidates(op: str, m: int, n: int, k: int, family: str) -> list[Tile]:
     """Tiles worth a try for a product [m, k] x [n, k]."""
-    if op == DECODE:
+    if op in (DECODE, *W4A4):
         return [Tile(0, 0, 0)]
     if op == "gemv":
         found = [Tile(1, bn, bk, 1, w) for bn in (2, 4, 8, 16) for bk in (256, 512, 1024, 2048) for w in (2, 4, 8)]
@@ -159,7 +168,7 @@ def rows_of(cells: Cells, family: str, facts: Row) -> list[Row]:
     """One row per op and bucket with the tile that is best over all shapes in it."""
     buckets: dict[tuple[str, int | None, int | None, int | None], list[Mapping[Tile, float]]] = {}
     for (op, m, n, k), times in cells.items():
-        if times and op != DECODE:
+        if times and op not in (DECODE, *W4A4):
             ends = (_end(M, m), None if op == "quantize" else _end(N, n), _end(K, k))
             buckets.setdefault((op, *ends), []).append(times)
     rows = []
@@ -195,6 +204,17 @@ def limits_of(cells: Cells) -> dict[str, int]:
     for op in limits:  # each takes over where the one before it ends
         limits[op] = reached = max(reached, limits[op])
     return limits
+
+
+def native_rows_of(cells: Cells) -> int:
+    """Up to which M Triton's product of two packed sides is as fast as the library's, over all shapes of that M."""
+    logs: dict[int, float] = {}
+    for (op, m, n, k), times in cells.items():
+        other = cells.get((W4A4[1], m, n, k))
+        if op == W4A4[0] and times and other:
+            logs[m] = logs.get(m, 0.0) + math.log(min(times.values()) / min(other.values()))
+    slower = [m for m, log in logs.items() if log > 0]
+    return max((m for m in logs if m < min(slower, default=math.inf)), default=0)
 
 
 class Tuner:
@@ -233,6 +253,9 @@ class Tuner:
             for op in (*linear, DECODE) if linear else ():
                 for m in ROWS_OF[op]:
                     yield (op, m, n, k), functools.partial(gpu_calls.linear, m, n, k, self.device, schedule=op)
+            for way in W4A4 if "gemm" in ops and self.family in tuning.NATIVE else ():
+                for m in ROWS_OF["gemm"]:
+                    yield (way, m, n, k), functools.partial(gpu_calls.linear_w4a4, m, n, k, self.device, way)
         for case in gpu_calls.CONVS if "conv" in ops else ():
             yield ("conv", *case.product()), functools.partial(gpu_calls.conv, case, self.device)
         for m, k in QUANTIZE if "quantize" in ops else ():
@@ -242,7 +265,9 @@ class Tuner:
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-def merged(before: Mapping[str, Any], family: str, rows: Sequence[Row], limits: Row | None) -> dict[str, Any]:
+def merged(
+    before: Mapping[str, Any], family: str, rows: Sequence[Row], limits: Row | None, native: Row | None = None
+) -> dict[str, Any]:
     """The table with new rows: they replace what was measured or assumed for the same op and bucket."""
     new = {_key(row): row for row in assumed()}
     new |= {_key(row): row for row in before["rows"] if not row.get("assumed")}
@@ -252,7 +277,12 @@ def merged(before: Mapping[str, Any], family: str, rows: Sequence[Row], limits: 
         key=lambda row: (row["family"], OPS.index(row["op"]) if row["op"] in OPS else 9, tuning.bounds_of(row)),
     )
     largest = limits_assumed() | {f: entry for f, entry in before["largest_m"].items() if not entry.get("assumed")}
-    return {"largest_m": largest | ({family: limits} if limits else {}), "rows": ordered}
+    own = {f: {"m": 64, "assumed": True} for f in tuning.NATIVE} | before.get("native_rows", {})
+    return {
+        "largest_m": largest | ({family: limits} if limits else {}),
+        "native_rows": own | ({family: native} if native else {}),
+        "rows": ordered,
+    }
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -262,8 +292,11 @@ def _key(row: Row) -> tuple[Any, ...]:
 def write(path: Path, table: Mapping[str, Any]) -> None:
     """One row a line."""
     lines = ",\n  ".join(json.dumps(row) for row in table["rows"])
-    largest = ",\n  ".join(f'"{family}": {json.dumps(entry)}' for family, entry in table["largest_m"].items())
-    path.write_text(f'{{\n "largest_m": {{\n  {largest}\n }},\n "rows": [\n  {lines}\n ]\n}}\n', "utf-8")
+    text = "{\n"
+    for name in ("largest_m", "native_rows"):
+        entries = ",\n  ".join(f'"{family}": {json.dumps(entry)}' for family, entry in table[name].items())
+        text += f' "{name}": {{\n  {entries}\n }},\n'
+    path.write_text(f'{text} "rows": [\n  {lines}\n ]\n}}\n', "utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -291,10 +324,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = rows_of(tuner.cells, tuner.family, facts)
     whole = all(any(op == done and times for (done, *_), times in tuner.cells.items()) for op in ROWS_OF)
     limits = {"limits": limits_of(tuner.cells), **facts} if whole else None
-    write(given.out, merged(before, tuner.family, rows, limits))
+    both = all(any(op == done and times for (done, *_), times in tuner.cells.items()) for op in W4A4)
+    native = {"m": native_rows_of(tuner.cells), **facts} if both else None
+    write(given.out, merged(before, tuner.family, rows, limits, native))
     shown = [(row["op"], row["m"], row["n"], row["k"], Tile(*row["tile"]), row["us"]) for row in rows]
     print(tabulate(shown, ("op", "M <=", "N <=", "K <=", "tile", "µs"), missingval="any"))
-    print(f"\nschedules up to M: {limits}\n{given.out}")
+    print(f"\nschedules up to M: {limits}\nTriton's W4A4 up to M: {native}\n{given.out}")
     if tuner.lost:
         print("\nnot measured\n\n" + str(tabulate(tuner.lost, ("cell", "reason"))))
     return 0

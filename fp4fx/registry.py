@@ -51,6 +51,8 @@ class Kernel:
     """Rounds the operands of fp32 ops to bf16 where `compute` lets it, and takes x and answers in different dtypes."""
     device: str | None = None
     """The one device type it is for; elsewhere it is no choice, and gives no reason. None: any."""
+    meant_for: Callable[[Request], bool] = lambda _: True
+    """Which requests on that device it is a choice for; for others it gives no reason either."""
 
 
 def select(request: Request, kernels: Sequence[Kernel]) -> tuple[Kernel, tuple[str, ...]]:
@@ -61,6 +63,8 @@ def select(request: Request, kernels: Sequence[Kernel]) -> tuple[Kernel, tuple[s
     refusals: list[str] = []
     for kernel in kernels:
         if request.op not in kernel.ops or kernel.device not in (None, request.target.device):
+            continue
+        if not kernel.meant_for(request):
             continue
         reason = kernel.refuse(request)
         if reason is None:

@@ -39,7 +39,7 @@ def target_of(device: torch.device) -> Target:
     """What is known about a device; a device type that is not known here has no features."""
     if device.type == "cpu":
         return _cpu()
-    if device.type == "cuda" and torch.cuda.is_available():
+    if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
         return Target("cuda", torch.cuda.get_device_name(device), frozenset({f"sm_{major}{minor}"}))
     return Target(device.type, device.type, frozenset())

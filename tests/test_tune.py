@@ -22,7 +22,7 @@ def test_a_file_that_was_written_reads_back(tmp_path):
     tune.write(tmp_path / "t.json", table)
     text = (tmp_path / "t.json").read_text("utf-8")
     assert json.loads(text) == table
-    assert len(text.splitlines()) == len(table["rows"]) + len(tuning.FAMILIES) + 6  # one a line
+    assert len(text.splitlines()) == len(table["rows"]) + len(tuning.FAMILIES) + 2 + 8  # one a line
 
 
 def test_a_measured_row_takes_the_place_of_an_assumed_one_and_stays():
@@ -55,6 +55,22 @@ def test_the_tile_of_a_bucket_is_the_best_over_its_shapes():
     ]
     assert rows[0]["us"] == [1100.0, 1100.0]
     assert all(row["device"] == "a card" for row in rows)
+
+
+def test_tritons_w4a4_ends_where_the_library_is_faster_over_all_shapes():
+    def cells(**times):
+        return {(op, m, n, 64): {A: ms} for op, found in times.items() for (m, n), ms in found.items()}
+
+    native = {(16, 1): 1, (16, 2): 4, (32, 1): 3, (64, 1): 9, (128, 1): 1, (256, 1): 1}
+    library = {(16, 1): 2, (16, 2): 3, (32, 1): 3, (64, 1): 8, (128, 1): 2}
+    found = cells(native=native, scaled_mm=library)
+    assert tune.native_rows_of(found) == 32  # not 128, which is past the first at which it is slower
+    assert tune.native_rows_of(cells(native=native)) == 0
+    assert tune.rows_of(found, "sm_100", FACTS) == []
+    entry = {"m": 32, **FACTS}
+    table = tune.merged({"rows": [], "largest_m": {}}, "sm_100", [], None, entry)
+    assert table["native_rows"] == {"sm_100": entry, "sm_120": {"m": 64, "assumed": True}}
+    assert tune.merged(table, "sm_120", [], None)["native_rows"] == table["native_rows"]
 
 
 def test_schedules_end_where_another_is_faster_over_the_shapes_that_all_have():

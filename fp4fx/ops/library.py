@@ -33,6 +33,14 @@ def define(schema: str, **shapes_only: Body) -> Callable[[Body], Body]:
     return register
 
 
+def define_for(library: Any, name: str, body: Body) -> None:
+    """Register a kernel in another library with the arguments and the fake of `fp4fx::<name>`."""
+    like = getattr(torch.ops.fp4fx, name).default
+    library.define(name + str(like._schema).removeprefix(f"fp4fx::{name}"))
+    library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{library.ns}::{name}", like, lib=library)
+
+
 def _blocks(k: int) -> int:
     """Blocks in a row, in one spelling: a symbolic k would need a guard to see that two spellings are equal."""
     return (k + nvfp4.BLOCK - 1) // nvfp4.BLOCK

@@ -1,13 +1,19 @@
+import importlib
 import math
+import sys
+import types
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import fp4fx
 from fp4fx import nvfp4, ops
-from fp4fx.kernels import scaled_mm
-from fp4fx.kernels.triton import swizzle
-from fp4fx.registry import Request
+from fp4fx.kernels import KERNELS, reference, scaled_mm
+from fp4fx.kernels.triton import swizzle, tuning
+from fp4fx.registry import Request, select
 from fp4fx.target import Target
 
 
@@ -45,6 +51,26 @@ def test_what_it_takes(capability):
 )
 def test_what_it_refuses(changes, words):
     assert words in scaled_mm.refuse(request(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "reasons"),
+    [
+        ({}, "scaled_mm", []),
+        ({"target": Target("cuda", "a card", frozenset({"sm_121"}))}, "scaled_mm", []),
+        # no choice, and no reason: the kernel that is taken is the first choice there
+        ({"target": Target("cuda", "H100", frozenset({"sm_90"}))}, "triton", []),
+        ({"quantized_input": False}, "triton", []),
+        ({"op": "conv"}, "triton", []),
+        # the first choice, which refuses
+        ({"n": 40}, "triton", ["scaled_mm: found K=64 (in blocks), N=40"]),
+        ({"gradient": True}, "inductor", ["scaled_mm: the result requires a gradient", "triton: the result"]),
+    ],
+)
+def test_what_is_chosen(changes, name, reasons):
+    kernel, refusals = select(request(**changes), KERNELS)
+    assert kernel.name == name
+    assert len(refusals) == len(reasons) and all(map(str.startswith, refusals, reasons))
 
 
 def quantized(shape, seed):
@@ -116,3 +142,30 @@ def test_the_library_takes_its_arguments():
     one = torch.empty((), device="meta")
     y = scaled_mm.linear(x, packed, scales[1], one, None, k, scales[0], one, torch.bfloat16)
     assert (y.shape, y.dtype) == ((m, n), torch.bfloat16)
+
+
+def test_few_rows_are_tritons(standing_in, monkeypatch):
+    seen = []
+    module = types.SimpleNamespace(linear=lambda x, *args: seen.append(len(x)) or ops.linear(x, *args))
+    monkeypatch.setitem(sys.modules, "fp4fx.kernels.triton.linear", module)
+    monkeypatch.setattr(tuning, "native_rows", {"interpreter": 3}.__getitem__)
+    w = quantized((16, 32), 2)
+    for rows in (2, 3, 4):
+        x = quantized((rows, 32), rows)
+        arguments = (x[0], *w, None, 32, x[1], x[2], torch.float32)
+        torch.testing.assert_close(scaled_mm.linear(*arguments), ops.linear(*arguments))
+    assert seen == [2, 3]
+
+
+def test_a_compiled_model_runs_on_it(standing_in, monkeypatch):
+    """As an op that Inductor does not look into; on the CPU, where nothing else differs."""
+    kernel = replace(scaled_mm.KERNEL, device=None, meant_for=lambda r: r.quantized_input, refuse=lambda _: None)
+    monkeypatch.setattr(importlib.import_module("fp4fx.passes.select_kernels"), "KERNELS", (kernel, reference.KERNEL))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.SiLU(), nn.Linear(32, 16)).eval()
+    policy = fp4fx.Policy(skip_first=0, skip_last=0, activations="nvfp4", compute="fp32")
+    model = fp4fx.quantize(model, policy)
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="fp4fx")(x), model(x))
+    assert [row.kernels for row in fp4fx.report(model).rows] == [("linear: scaled_mm",)] * 2

@@ -8,27 +8,37 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
 from torch.fx import Node
 
 from fp4fx import capture
 from fp4fx.registry import Kernel, Request
+from fp4fx.target import Target
 
 _OLDEST = 80
 """Compute capability, times ten, from which on there are bf16 products and asynchronous copies."""
 
 
-def _refuse(request: Request) -> str | None:
+def missing(target: Target) -> str | None:
+    """Why no kernel here runs on a device, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if torch.version.hip is not None:
+        return "this is torch for ROCm, the kernels are for NVIDIA GPUs"
+    if target.capability is not None and target.capability < _OLDEST:
+        return f"found {target.name} (sm_{target.capability}), the kernels need sm_{_OLDEST} or newer"
+    return None
+
+
+def _refuse(request: Request) -> str | None:
+    if (reason := missing(request.target)) is not None:
+        return reason
     from fp4fx.kernels.triton import library  # noqa: PLC0415  (which imports Triton)
 
     if request.dtype not in library.DTYPES:
         return f"found {request.dtype}, the kernels take float32, bfloat16 and float16"
     if request.gradient:
         return "the result requires a gradient and the kernels have no backward; run under torch.no_grad()"
-    capability = request.target.capability
-    if capability is not None and capability < _OLDEST:
-        return f"found {request.target.name} (sm_{capability}), the kernels need sm_{_OLDEST} or newer"
     return library.refuse(request)
 
 

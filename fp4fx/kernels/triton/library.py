@@ -9,7 +9,7 @@ import torch
 
 from fp4fx.capture import OpOverload
 from fp4fx.kernels.triton import OPS, conv, dequantize, linear, quantize
-from fp4fx.ops.library import Body
+from fp4fx.ops.library import Body, define_for
 from fp4fx.registry import Request
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,11 +38,7 @@ def _library() -> Any:
     """Defines the ops; on the CPU they run where Triton's interpreter does."""
     library: Any = torch.library.Library("fp4fx_triton", "DEF")
     for name in OPS:
-        of_body = getattr(torch.ops.fp4fx, name).default
-        schema = str(of_body._schema).removeprefix(f"fp4fx::{name}")
-        library.define(name + schema)
-        library.impl(name, _BODIES[name], "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fp4fx_triton::{name}", of_body, lib=library)
+        define_for(library, name, _BODIES[name])
     return library
 
 

@@ -6,7 +6,7 @@
 * decode: so many rows that decoding the weight once, for the library's product, costs less.
 
 The first three read the canonical bytes and round once. `decode` rounds the product to x's dtype before an epilogue, as
-a library does.
+a library does, and with `compute="fp32"` it is as precise as `torch.backends.cuda.matmul` lets the library be.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from fp4fx.kernels.triton import tuning
 from fp4fx.kernels.triton.gemm import gemm, reduce
 from fp4fx.kernels.triton.gemv import gemv
-from fp4fx.kernels.triton.variant import Variant
+from fp4fx.kernels.triton.variant import FUSED, Variant
 from fp4fx.ops.epilogue import check_epilogue
 from fp4fx.ops.library import check_input, check_weight
 from fp4fx.policy import Compute
@@ -156,7 +156,8 @@ def _schedule(operands: _Operands, m: int, family: str) -> Schedule:
     few = operands.x_scale is None and m <= min(limits["gemv"], _GEMV_ROWS)
     if few and operands.packed.data_ptr() % 8 == 0:
         return "gemv"
-    return "split_k" if m <= limits["split_k"] else "gemm" if m <= limits["gemm"] else "decode"
+    native = operands.x_scale is not None and family in tuning.NATIVE
+    return "split_k" if m <= limits["split_k"] else "gemm" if m <= limits["gemm"] or native else "decode"
 
 
 def _ceil(a: int, b: int) -> int:
@@ -172,7 +173,7 @@ def _gemv(operands: _Operands, after: _Epilogue, y: Tensor, m: int, n: int, tile
     gemv[(_ceil(n, tile.block_n),)](
         x, packed, scale, operands.global_scale, y, *after.pointers(y), n, operands.k, x.stride(0), scale.shape[1],
         M=m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, **after.flags(),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **FUSED,
     )  # fmt: skip
 
 
@@ -193,7 +194,7 @@ def _gemm(operands: _Operands, after: _Epilogue, y: Tensor, m: int, n: int, tile
         OP=op, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, X_PACKED=x_packed, PAIRS=pairs,
         PRECISE=precise, PTX=not interpreted,
         RUN=_RUN[family], NATIVE=native is not None, PARTIAL=parts > 1, **following.flags(),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **FUSED,
     )  # fmt: skip
     if parts > 1:
         _reduce(out, after, y.view(m, n), parts)
@@ -201,8 +202,8 @@ def _gemm(operands: _Operands, after: _Epilogue, y: Tensor, m: int, n: int, tile
 
 def _reduce(part: Tensor, after: _Epilogue, y: Tensor, parts: int) -> None:
     m, n = y.shape
-    reduce[(_ceil(n, _REDUCE_BLOCK), m)](
-        part, y, *after.pointers(y), m, n, parts, BLOCK=_REDUCE_BLOCK, **after.flags()
+    reduce[(_ceil(n, _REDUCE_BLOCK) * m,)](
+        part, y, *after.pointers(y), m, n, parts, BLOCK=_REDUCE_BLOCK, **after.flags(), **FUSED
     )  # fmt: skip
 
 
@@ -241,7 +242,7 @@ def _native_tile(tile: tuning.Tile, family: str) -> tuning.Tile | None:
     """The tile of a product of two packed operands that the matrix unit reads itself; None where it cannot."""
     if family == "sm_100":
         return tile._replace(block_n=max(tile.block_n, 128))  # rows of the left operand that its instruction takes
-    return tile if family == "sm_120" else None
+    return tile if family in tuning.NATIVE else None
 
 
 # --- ahead of time ----------------------------------------------------------------------------------------------------

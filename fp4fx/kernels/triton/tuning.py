@@ -2,7 +2,8 @@
 
 The table is `tuning.json`: one row holds up to its bounds on m, n and k (null: any), and of the rows that hold the one
 with the smallest bounds is taken, m before n before k. `python -m benchmarks.tune` writes it: rows measured on a device
-say which, with what and when; the others say `"assumed": true`.
+say which, with what and when; the others say `"assumed": true`. `largest_m` and `native_rows` of the file are what the
+functions of these names read.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from fp4fx.errors import KernelError
 
 PATH = Path(__file__).with_name("tuning.json")
 FAMILIES = ("sm_80", "sm_90", "sm_100", "sm_120")
+NATIVE = ("sm_100", "sm_120")
+"""Families whose matrix unit reads two packed operands itself."""
 INTERPRETER = "interpreter"
 
 
@@ -81,6 +84,15 @@ def largest_m(family: str) -> Mapping[str, int]:
     """
     limits: dict[str, int] = _data()["largest_m"]["sm_90" if family == INTERPRETER else family]["limits"]
     return limits
+
+
+def native_rows(family: str) -> int:
+    """Rows of x up to which a product of two packed sides is Triton's own and above which it is the library's.
+
+    0 for a family whose matrix unit does not read such.
+    """
+    entry: Mapping[str, int] = _data()["native_rows"].get(family, {"m": 0})
+    return entry["m"]
 
 
 def family_of(device: torch.device) -> str:

@@ -12,7 +12,7 @@ from fp4fx import ops
 from fp4fx.kernels import reference, triton
 from fp4fx.kernels.triton import library
 from fp4fx.registry import Request, select
-from fp4fx.target import Target
+from fp4fx.target import Target, target_of
 
 HOPPER = Target("cuda", "a card", frozenset({"sm_90"}))
 
@@ -29,6 +29,7 @@ def request(**changes):
         ({"op": "quantize"}, None),
         ({"dtype": torch.float64}, "torch.float64"),
         ({"gradient": True}, "gradient"),
+        ({"op": "embedding", "target": Target("cuda", "a card", frozenset({"sm_120"}))}, None),
         ({"target": Target("cuda", "an old card", frozenset({"sm_75"}))}, "an old card (sm_75)"),
         ({"op": "conv", "groups": 64}, "group"),
         ({"op": "conv", "padding": (-1, 0)}, "negative padding"),
@@ -42,6 +43,13 @@ def test_what_is_refused(changes, reason):
     else:
         assert kernel is reference.KERNEL
         assert reason in refusals[0]
+
+
+def test_torch_for_rocm_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in select(request(), (triton.KERNEL, reference.KERNEL))[1][0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert target_of(torch.device("cuda")).capability is None  # whose numbers would be read as NVIDIA's
 
 
 def test_on_other_devices_they_are_no_choice():
@@ -70,8 +78,8 @@ class Net(nn.Module):
         self.table = nn.Embedding(10, 16)
         self.conv = nn.Conv2d(16, 32, 3, padding=1, stride=2)
         self.norm = nn.BatchNorm2d(32)
-        self.up = nn.ConvTranspose2d(32, 16, 2, 2)
-        self.head = nn.Linear(16, 24)
+        self.up = nn.ConvTranspose2d(32, 32, 2, 2)
+        self.head = nn.Linear(32, 16)
 
     def forward(self, indices):
         x = self.table(indices).permute(0, 3, 1, 2)
@@ -94,4 +102,28 @@ def test_a_model_runs_on_them_from_end_to_end(device, monkeypatch, activations):
     assert (y - expected).norm() / expected.norm() < 1e-4
     rows = [row for row in fp4fx.report(model).rows if row.kernels]
     assert [row.refusals for row in rows] == [()] * 4
-    assert {kernel.split(": ")[1] for row in rows for kernel in row.kernels} == {"triton"}
+    used = {kernel.split(": ")[1] for row in rows for kernel in row.kernels}
+    native = device == "cuda" and torch.cuda.get_device_capability() >= (10, 0) and activations is not None
+    assert used == ({"triton", "scaled_mm"} if native else {"triton"})
+
+
+@pytest.mark.gpu
+def test_on_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    w, image = torch.randn(32, 64), torch.randn(2, 64, 1, 3)
+    packed, indices = ops.quantize(w), torch.tensor([3, 31])
+    calls = {
+        "quantize": lambda f, to: f(to(w)),
+        "dequantize": lambda f, to: f(*map(to, packed), (32, 64), torch.float32),
+        "embedding": lambda f, to: f(to(indices), *map(to, packed), 64, torch.float32),
+        "linear": lambda f, to: f(to(w), *map(to, packed), None, 64, compute="fp32"),
+        "conv": lambda f, to: f(to(image), *map(to, packed), None, 64, [1, 1], [1, 2], [0, 0], [1, 1], 1),
+    }
+    with torch.cuda.device(0):
+        for name, call in calls.items():
+            found = call(library.op(name), lambda t: t.to("cuda:1"))
+            expected = call(getattr(ops, name), lambda t: t)
+            for a, b in zip(*([t] if isinstance(t, torch.Tensor) else t for t in (found, expected)), strict=True):
+                assert a.device == torch.device("cuda:1")
+                torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0.3 if name == "conv" else 1e-4)

@@ -1,15 +1,18 @@
 """Every schedule of the Triton linear layer against the op's body in fp64."""
 
 import importlib.util
+import math
 
 import pytest
 import torch
 
 from fp4fx import nvfp4
+from fp4fx.kernels.triton import linear as module
 from fp4fx.kernels.triton import tuning
 from fp4fx.kernels.triton.linear import linear, variants
 from fp4fx.ops import compute as ops
 from fp4fx.ops.epilogue import ACTIVATIONS
+from tests.kernels.triton.launches import Launches, far_apart
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 8e-4, torch.bfloat16: 6e-3}  # of the largest result: one rounding
 SCHEDULES = ("gemv", "split_k", "gemm", "decode")
@@ -55,7 +58,8 @@ def test_shapes(schedule, m, n, k, device, dtypes):
     q = weight(n, k, device)
     for dtype in dtypes:
         x, bias = rows(m, k, dtype=dtype, device=device), rows(n, dtype=dtype, device=device, seed=2)
-        check(linear(x, *q, bias, k, schedule=schedule), expected(x, q, bias, k), dtype, schedule)
+        y = linear(x, *q, bias, k, compute="fp32", schedule=schedule)
+        check(y, expected(x, q, bias, k), dtype, schedule)
 
 
 def test_many_rows(device, dtypes):
@@ -64,7 +68,8 @@ def test_many_rows(device, dtypes):
     for dtype in dtypes:
         x = rows(2, 25, 80, dtype=dtype, device=device)
         for schedule in ("split_k", "gemm"):
-            check(linear(x, *q, None, 80, schedule=schedule), expected(x, q, None, 80), dtype)
+            y = linear(x, *q, None, 80, compute="fp32", schedule=schedule)
+            check(y, expected(x, q, None, 80), dtype)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -76,7 +81,7 @@ def test_epilogue(schedule, activation, device, dtypes):
     bias, scaling = rows(n, device=device, seed=2), rows(n, dtype=torch.float16, device=device, seed=3)
     for dtype in dtypes:
         x, residual = rows(3, k, dtype=dtype, device=device), rows(3, n, dtype=dtype, device=device, seed=4)
-        some = {"channel_scale": scaling, "residual": residual, "activation": activation}
+        some = {"channel_scale": scaling, "residual": residual, "activation": activation, "compute": "fp32"}
         check(linear(x, *q, bias, k, **some, schedule=schedule), expected(x, q, bias, k, **some), dtype, schedule)
 
 
@@ -87,7 +92,7 @@ def test_packed_activation(schedule, m, n, k, device, dtypes):
     q = weight(n, k, device)
     x, x_scale, x_global = (t.to(device) for t in nvfp4.quantize_rows(rows(m, k, seed=5)))
     for dtype in dtypes:
-        some = {"x_scale": x_scale, "x_global_scale": x_global, "dtype": dtype}
+        some = {"x_scale": x_scale, "x_global_scale": x_global, "dtype": dtype, "compute": "fp32"}
         check(linear(x, *q, None, k, **some, schedule=schedule), expected(x, q, None, k, **some), dtype, schedule)
 
 
@@ -111,7 +116,28 @@ def test_strides(schedule, device, dtypes):
         base = rows(2, 2, 2 * k + 2, dtype=dtype, device=device)
         views = [base[..., :k], base[..., 1 : k + 1], base[..., : 2 * k : 2], base[:, 0, :k], base[0, 0, :k]]
         for x in (*views, base[..., :k].transpose(0, 1)):
-            check(linear(x, *q, None, k, schedule=schedule), expected(x, q, None, k), dtype)
+            y = linear(x, *q, None, k, compute="fp32", schedule=schedule)
+            check(y, expected(x, q, None, k), dtype)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[:3])
+def test_rows_further_apart_than_32_bits(schedule, device, tmp_path):
+    if device == "cuda":
+        pytest.skip("its values are in a file")
+    q = weight(5, 32, device)
+    x = far_apart(tmp_path, (3, 32), (2**30 + 2, 1), torch.float16)
+    check(linear(x, *q, None, 32, schedule=schedule), expected(x, q, None, 32), torch.float16)
+
+
+def test_grids_have_room_for_any_number_of_rows(device, monkeypatch):
+    """A grid has 65535 programs along its second axis, at most."""
+    launches = Launches(monkeypatch, module, "gemm", "reduce", run=False)
+    q = weight(4, 64, device)
+    x = torch.zeros(1, 64, dtype=torch.float16, device=device).expand(70000, 64)
+    for schedule in ("split_k", "decode"):
+        linear(x, *q, None, 64, activation="relu", schedule=schedule)
+    assert len(launches.seen) == 3
+    assert all(math.prod(grid) >= 70000 // 16 and max(grid[1:], default=1) <= 2 for _, grid in launches.seen)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES[:3])
@@ -176,8 +202,6 @@ def test_nothing_to_do(device):
 
 def test_the_table_chooses(device, monkeypatch):
     """Without `schedule` the number of rows decides; a packed x has no gemv."""
-    from fp4fx.kernels.triton import linear as module
-
     called = []
     for name in ("_gemv", "_gemm", "_decode"):
         monkeypatch.setattr(module, name, lambda *_, name=name: called.append(name))
@@ -188,6 +212,12 @@ def test_the_table_chooses(device, monkeypatch):
     x, x_scale, x_global = (t.to(device) for t in nvfp4.quantize_rows(rows(1, 16)))
     linear(x, *q, None, 16, x_scale, x_global, torch.float32)
     assert called == ["_gemv", "_gemm", "_gemm", "_decode", "_gemm"]
+    called.clear()
+    x, x_scale, x_global = (t.to(device) for t in nvfp4.quantize_rows(rows(17, 16)))
+    for family in ("sm_90", "sm_100"):  # whose matrix unit reads packed operands, and is not given decoded ones
+        monkeypatch.setattr(tuning, "family_of", lambda _, family=family: family)
+        linear(x, *q, None, 16, x_scale, x_global, torch.float32)
+    assert called == ["_decode", "_gemm"]
 
 
 def test_names_of_variants():

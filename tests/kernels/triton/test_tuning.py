@@ -130,6 +130,11 @@ def test_split_k_fills_an_h100(n, k):
         assert k // tile.split_k >= 2 * tile.block_k  # each part has something to pipeline
 
 
+def test_native_products_are_those_of_families_that_have_them():
+    assert {family for family in tuning.FAMILIES if tuning.native_rows(family)} == set(tuning.NATIVE)
+    assert tuning.native_rows("interpreter") == 0
+
+
 @pytest.mark.parametrize("family", tuning.FAMILIES)
 def test_schedules_take_over_from_each_other(family):
     limits = tuning.largest_m(family)
