@@ -235,6 +235,7 @@ def test_a_parameter_gives_plain_tensors():
 
 ORDERS = {  # shapes and groups
     "rows": [((7, 40), 1), ((40,), 1), ((2, 3, 40), 1)],
+    "columns": [((40, 7), 1), ((3, 24, 5), 1)],
     "channels": [((2, 24, 5, 3), 1), ((2, 24, 5), 2), ((3, 24), 3)],
     "conv": [((8, 6, 3, 5), 1), ((8, 6, 3), 4), ((8, 2, 3, 3, 3), 2), ((8, 6), 1)],
     "conv_transpose": [((6, 8, 3, 5), 1), ((6, 4, 3, 5), 3), ((6, 4, 2), 2), ((6, 4, 2, 3, 2), 2)],
@@ -253,6 +254,8 @@ def test_orders_round_trip(order, shape, groups):
 
 
 def test_rows_are_what_the_op_reduces_over():
+    left, right = torch.randn(3, 4, 24), torch.randn(3, 24, 5)
+    assert torch.allclose(nvfp4.to_rows(right, "columns")[1] @ left[1, 2], (left @ right)[1, 2], atol=1e-5)
     x, w = torch.randn(2, 6, 5, 5), torch.randn(8, 3, 3, 3)
     patch = x[0, 3:, 1:4, 1:4]  # second group, centre pixel
     expected = torch.nn.functional.conv2d(x, w, groups=2)[0, 5, 1, 1]

@@ -91,7 +91,8 @@ def insert_qdq(gm: GraphModule, ctx: Context) -> int:
             _quantize_activation(gm, node, x, site)
         if site.parameter not in packed:
             packed.add(site.parameter)
-            _quantize_parameter(gm, weight if site.settled else parameter, decision)
+            dense, readers = (weight, [node]) if site.settled else (parameter, list(parameter.users))
+            _quantize_weight(gm, dense, readers, decision)
     return len(packed)
 
 
@@ -108,18 +109,17 @@ def _settles(gm: GraphModule, ctx: Context, site: Site, weight: Node, cls: type 
     return torch.equal(first[0], second[0])
 
 
-def _quantize_parameter(gm: GraphModule, parameter: Node, decision: Decision) -> None:
+def _quantize_weight(gm: GraphModule, dense: Node, users: list[Node], decision: Decision) -> None:
     """One fake_quantize for the readers under gradients and one, to be folded, for all others."""
     assert decision.spec is not None
     site, spec = decision.site, decision.spec
-    call = (parameter, None, site.order, site.groups, spec.scale_rule, spec.block[0], spec.compute)
-    users = list(parameter.users)
+    call = (dense, None, site.order, site.groups, spec.scale_rule, spec.block[0], spec.compute)
     for readers in ([u for u in users if feeds_gradient(u)], [u for u in users if not feeds_gradient(u)]):
         if readers:
             quantized = emit(gm, fake_quantize, call, like=min(readers))  # nodes compare by their place in the graph
             quantized.meta.update({SETTLED: True} if site.settled else {})
             for reader in readers:
-                reader.replace_input_with(parameter, quantized)
+                reader.replace_input_with(dense, quantized)
 
 
 def _quantize_activation(gm: GraphModule, node: Node, x: Node, site: Site) -> None:

@@ -98,6 +98,19 @@ def test_the_weight_that_comes_out_is_packed(name, tmp_path):
         assert torch.equal(clone(X), expected)
 
 
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_dense_model_compiled_by_a_policy_does_the_same(name):
+    model = computed(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="fp4fx", options={"policy": EVERY})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X), fp4fx.quantize(model, EVERY)(X), rtol=1e-4, atol=1e-4)
+        (row,) = fp4fx.report(model).rows
+        assert [kernel.partition(":")[0] for kernel in row.kernels] == ["linear"]
+        model[0].get_parameter(row.parameter.removeprefix("0.")).mul_(-3)
+        torch.testing.assert_close(compiled(X), fp4fx.quantize(model, EVERY)(X), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["weight norm", "spectral norm by a hook"])
 def test_in_training_the_parameter_is_packed_and_the_computation_stays(name):
     model = nn.Sequential(COMPUTED[name]()).train()
