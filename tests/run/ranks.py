@@ -143,8 +143,9 @@ def check_tensor_parallel_compiled():
         compiled = torch.compile(q, backend="fp4fx")
         close(compiled(batch()), model()(batch()))
     report = fp4fx.report(q)
-    assert {row.kernels for row in report.rows} == {("dequantize: reference",)}
-    assert all("distributed" in row.refusals[0] for row in report.rows)
+    kernels = {kernel for row in report.rows for kernel in row.kernels}
+    assert kernels == {"dequantize: reference"}, kernels
+    assert all("distributed" in row.refusals[0] for row in report.rows if row.kernels)
     assert report.resident < fp4fx.report(model()).resident
 
 

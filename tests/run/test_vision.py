@@ -4,6 +4,9 @@ import pytest
 import timm
 import torch
 import torchvision
+from torch import nn
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import fp4fx
 
@@ -56,20 +59,36 @@ def test_torchvisions_feature_extractor_of_a_quantized_model():
     ]
 
 
+class Backbone(nn.Module):
+    """Two levels of features for a detector."""
+
+    out_channels = 32
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 4, stride=4)
+        self.deep = nn.Conv2d(32, 32, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        fine = torch.relu(self.stem(x))
+        return {"fine": fine, "coarse": torch.relu(self.deep(fine))}
+
+
 def test_detection_on_lists_of_images():
     torch.manual_seed(0)
-    model = torchvision.models.detection.ssdlite320_mobilenet_v3_large(
-        weights=None, weights_backbone=None, num_classes=4, score_thresh=0.0, detections_per_img=5
-    ).eval()
-    q = fp4fx.quantize(model, POLICY)
-    lists = [[torch.rand(3, 40, 60)], [torch.rand(3, 64, 48), torch.rand(3, 90, 33), torch.rand(3, 50, 50)]]
+    anchors = AnchorGenerator(((16,), (32,)), ((0.5, 1.0, 2.0),) * 2)
+    model = RetinaNet(
+        Backbone(), 4, anchor_generator=anchors, min_size=48, max_size=96, score_thresh=0.0, detections_per_img=5
+    )
+    q = fp4fx.quantize(model.eval(), POLICY)
+    lists = [[torch.rand(3, 40, 60)], [torch.rand(3, 64, 48), torch.rand(3, 90, 60), torch.rand(3, 50, 50)]]
     with torch.no_grad():
         expected = [q(images) for images in lists]
         q.backbone.compile(backend="fp4fx", dynamic=True)
-        q.head.compile(backend="fp4fx", dynamic=True)
         for images, detections in zip(lists, expected, strict=True):
             found = q(images)
             assert len(found) == len(images)
             for a, b in zip(found, detections, strict=True):
                 close(a["scores"], b["scores"])
                 assert a["boxes"].shape == b["boxes"].shape == (5, 4)
+    assert {row.parameter for row in fp4fx.report(q).rows if row.kernels} == {"backbone.deep.weight"}
