@@ -70,8 +70,7 @@ def lower(program: ExportedProgram, to: Form, *, on_fallback: Literal["report", 
         found = type(program).__name__
         raise BackendError(f"lower: found a {found}, expected the result of torch.export.export(qmodel, inputs)")
     if to == "portable":
-        portable: ExportedProgram = program.run_decompositions(dict(DECOMPOSITIONS))
-        return portable
+        return _in_aten(program)
     inference = program.run_decompositions({})  # whose values require no gradient
     refusals: list[str] = []
     lowered = capture.rewritten(inference, lambda gm: _fuse(gm, refusals if to == "cpu" else None))
@@ -79,7 +78,12 @@ def lower(program: ExportedProgram, to: Form, *, on_fallback: Literal["report", 
         raise FallbackError(f"on_fallback='raise' and this program falls back: {'; '.join(refusals)}")
     for refusal in refusals:
         log.info("lower: %s", refusal)
-    return lowered.run_decompositions(dict(DECOMPOSITIONS)) if to == "cpu" else lowered
+    return _in_aten(lowered) if to == "cpu" else lowered
+
+
+def _in_aten(program: ExportedProgram) -> ExportedProgram:
+    result: ExportedProgram = program.run_decompositions(dict(DECOMPOSITIONS))
+    return result
 
 
 def _fuse(gm: GraphModule, refusals: list[str] | None) -> None:
