@@ -81,12 +81,13 @@ def _rules(family: str) -> Iterator[tuple[str, int | None, int | None, int | Non
                 split = next(
                     (s for s in (1, 2, 4, 8) if _programs(low + 1, tile.block_n) * s >= 0.9 * _SMS[family]), 16
                 )
-                yield "split_k", m, n, k, _fitting(tile._replace(split_k=min(split, most)), family)
+                tile = _fitting(tile._replace(split_k=min(split, most)), family)
+                yield "split_k", m, n, k, _whole("split_k", tile, family)
     for m in (16, 32, 64):
-        yield "gemm", m, None, None, _whole(_fitting(Tile(m, 64, 128), family), family)
+        yield "gemm", m, None, None, _whole("gemm", _fitting(Tile(m, 64, 128), family), family)
     for low, m in ((65, 128), (129, 256), (257, 512), (513, 2048), (2049, None)):
         for low_n, n in ((512, 2048), (2048, 4096), (4096, 8192), (8192, None)):
-            yield "gemm", m, n, None, _whole(_fitting(_filling(low, low_n + 1, family), family), family)
+            yield "gemm", m, n, None, _whole("gemm", _fitting(_filling(low, low_n + 1, family), family), family)
     for m, n, block_m, block_n in (
         *((16, None, 16, 64), (32, None, 32, 64), (4096, None, 64, 64), (16384, None, 128, 64)),
         *((None, 64, 128, 64), (None, None, 128, 128)),
@@ -94,7 +95,7 @@ def _rules(family: str) -> Iterator[tuple[str, int | None, int | None, int | Non
         tile = Tile(block_m, block_n, 64, 16, 8 if block_m * block_n == 128 * 128 else 4)
         if family in ("sm_80", "sm_120") and block_m >= 64:  # mma.sync has x in registers
             tile = tile._replace(block_n=64, num_warps=8)
-        yield "conv", m, n, None, _fitting(tile, family)
+        yield "conv", m, n, None, _whole("conv", _fitting(tile, family), family)
     for op in ("quantize", "dequantize"):
         yield op, None, None, None, Tile(8, 1, 512)
 
@@ -118,11 +119,16 @@ def _fitting(tile: Tile, family: str) -> Tile:
     raise AssertionError(f"no room for {tile} on {family}")
 
 
-def _whole(tile: Tile, family: str) -> Tile:
-    """A tile of which nothing spills, with the longest epilogue too."""
-    if family == "sm_100" and tile[:3] == (64, 64, 128):
+def _whole(op: str, tile: Tile, family: str) -> Tile:
+    """A tile of which nothing spills, by Triton 3.6 and 3.9, with the longest epilogue too."""
+    shape = (family, op, *tile[:3])
+    if shape == ("sm_80", "split_k", 32, 64, 128):
+        return tile._replace(block_k=64)
+    if shape == ("sm_80", "gemm", 128, 128, 64):
+        return tile._replace(block_n=64)
+    if shape in (("sm_100", "gemm", 32, 64, 128), ("sm_100", "gemm", 64, 64, 128)):
         return tile._replace(num_warps=8)
-    return tile._replace(block_n=64) if family == "sm_80" and tile[:2] == (128, 128) else tile
+    return tile._replace(block_m=64) if shape == ("sm_120", "conv", 128, 64, 64) else tile
 
 
 def _bytes(tile: Tile, block_k: int) -> int:

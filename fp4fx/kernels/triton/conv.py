@@ -91,6 +91,8 @@ def _walk(
     flat = channels % BLOCK != 0 or channels < 2 * BLOCK
     if flat or op == torch.float32:
         tile = tile._replace(block_m=min(tile.block_m, 64), block_n=min(tile.block_n, 64))
+    if x == torch.float32 and family == "sm_120":
+        tile = tile._replace(block_m=min(tile.block_m, 32))
     most = 32 if flat or x == torch.float32 else tile.block_k
     line, lines = (channels * taps, 1) if flat else (channels, taps)
     sizes = [size for size in (128, 64, 32) if size <= most]
@@ -363,9 +365,8 @@ def _variant(name: str, call: _Call, target: int) -> Variant:
             signature[key] = "i32"
             if value % 16 == 0:
                 aligned.append(key)
-    matrix = {}
-    if call.kernel is conv_kernel:  # fewer rows than a warp group multiplies take the older instruction
-        matrix = {target: _MATRIX[target] if call.tile.block_n >= 64 else "mma.sync"}
+    # fewer rows than a warp group multiplies take the older instruction
+    matrix = {target: _MATRIX[target] if call.tile.block_n >= 64 else "mma.sync"} if call.kernel is conv_kernel else {}
     return Variant(
         name=name,
         kernel=call.kernel,
@@ -387,8 +388,7 @@ def variants() -> Iterator[Variant]:
     )
     for target in _MATRIX:
         family = f"sm_{target}"
-        examples: list[tuple[str, torch.dtype, dict[str, Any], dict[str, tuning.Tile]]]
-        examples = [(name, torch.bfloat16, {}, {}) for name in _CASES if name != "3x3"]
+        examples: list[Any] = [(name, torch.bfloat16, {}, {}) for name in _CASES if name != "3x3"]
         examples += [("3x3", dtype, changes, {}) for dtype, changes in ways]
         examples += [("3x3", torch.bfloat16, {}, {"conv": tile}) for tile in tuning.tiles("conv", family)]
         for name, dtype, changes, forced in examples:
