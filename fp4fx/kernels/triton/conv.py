@@ -91,7 +91,7 @@ def _walk(
     flat = channels % BLOCK != 0 or channels < 2 * BLOCK
     if flat or op == torch.float32:
         tile = tile._replace(block_m=min(tile.block_m, 64), block_n=min(tile.block_n, 64))
-    if x == torch.float32 and family == "sm_120":
+    if x == torch.float32 and family == "sm_120":  # more spills by Triton 3.6
         tile = tile._replace(block_m=min(tile.block_m, 32))
     most = 32 if flat or x == torch.float32 else tile.block_k
     line, lines = (channels * taps, 1) if flat else (channels, taps)
