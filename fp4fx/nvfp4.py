@@ -223,10 +223,12 @@ def quantize_rows(
     return pack(codes.flatten(-2)), scale, global_scale
 
 
-def dequantize_rows(packed: Tensor, scale: Tensor, global_scale: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+def dequantize_rows(
+    packed: Tensor, scale: Tensor, global_scale: Tensor, k: int, dtype: torch.dtype, *, in_place: bool = True
+) -> Tensor:
     """Packed u8 [..., ceil(k/16)*8], scale u8 [..., ceil(k/16)], global_scale fp32 [] -> rows [..., k] of `dtype`.
 
-    A value is code * (s * g) in fp32, then rounded to `dtype`.
+    A value is code * (s * g) in fp32, then rounded to `dtype`. Without `in_place` no call writes to a tensor.
 
     Raises:
         LayoutError: packed and scale do not hold rows of k values.
@@ -238,7 +240,8 @@ def dequantize_rows(packed: Tensor, scale: Tensor, global_scale: Tensor, k: int,
     # Both values of a byte come out of one table as one 8-byte item: five times faster than arithmetic in eager mode.
     table = decode_e2m1(unpack(torch.arange(256, dtype=torch.uint8, device=packed.device))).view(torch.int64)
     values = table.index_select(0, packed.flatten().int()).view(torch.float32).view(*scale.shape, BLOCK)
-    values = values * (decode_e4m3(scale) * global_scale).unsqueeze(-1)  # not in place, which no decomposition may be
+    factors = (decode_e4m3(scale) * global_scale).unsqueeze(-1)
+    values = values.mul_(factors) if in_place else values * factors
     values = values.flatten(-2)
     if k % BLOCK:
         # Not a slice: Inductor's loop split on CPU (torch 2.15) loses the end of a slice that stops within a block.

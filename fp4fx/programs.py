@@ -7,6 +7,7 @@ other forms of it, with the same buffers.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -15,7 +16,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from fp4fx import capture, ops
+from fp4fx import capture, nvfp4, ops
 from fp4fx.errors import BackendError, FallbackError
 from fp4fx.kernels import cpu
 from fp4fx.passes import PASSES
@@ -26,8 +27,13 @@ log = logging.getLogger(__name__)
 
 Form = Literal["portable", "fused", "cpu"]
 
+_decode = functools.partial(nvfp4.dequantize_rows, in_place=False)
+
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
-    getattr(torch.ops.fp4fx, name).default: getattr(ops, name) for name in ops.__all__
+    getattr(torch.ops.fp4fx, name).default: functools.partial(
+        getattr(ops, name), **({} if name == "quantize" else {"decode": _decode})
+    )
+    for name in ops.__all__
 }
 """A table for `ExportedProgram.run_decompositions`: every `fp4fx::` op as what it means in ATen ops."""
 
