@@ -1,29 +1,26 @@
 """Weights that modules compute from their parameters on every call, computed once.
 
-In evaluation the weight of a parametrization (weight norm, spectral norm, any other), of the older hooks of
-`torch.nn.utils`, and of timm's weight standardisation is the same on every call. `settle` makes it a plain parameter of
-the module and takes the computation away, so that it can be packed and read by a fused op.
+In evaluation the weight of a parametrization (weight norm, spectral norm, any other) and of the older hooks of
+`torch.nn.utils` is the same on every call. `settle` makes it a plain parameter of the module and takes the computation
+away, so that it can be packed and read by a fused op.
+
+Weight standardisation (timm's StdConv2d, ScaledStdConv2d) is left alone: rounded after it, a weight has no zero mean
+any more, which networks without norms do not survive; rounded before it, the mean is zero again.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-
-_TIMM = "timm.layers.std_conv"
-_STANDARDISED = frozenset({"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"})
 
 
 def settled(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[str, ...]]]:
@@ -54,8 +51,7 @@ def settled(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[str, ...]]]:
 def settle(module: nn.Module, name: str) -> None:
     """Make the computed weight of this name a plain parameter, in place; nothing happens if it is one already.
 
-    Other copies of the module keep their computation. What a standardised convolution gains by stays its parameter,
-    unread, so that checkpoints of the original fit.
+    Other copies of the module keep their computation.
     """
     if _computed(module) != name:
         return
@@ -71,42 +67,11 @@ def settle(module: nn.Module, name: str) -> None:
             if getattr(getattr(loads, "hook", loads), "__qualname__", "").startswith("weight_norm."):
                 del module._load_state_dict_pre_hooks[key]
         module.__class__ = type(module).__bases__[0]
-    elif is_standardised(type(module)):
-        module.__class__ = plain(type(module))
     else:
         hook = _hook(module)
         (remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm)(module, name)
     module._parameters.pop(name, None)
     module.register_parameter(name, nn.Parameter(weight, trained))
-
-
-def plain(base: type[nn.Module]) -> type[nn.Module]:
-    """The class of a convolution of timm's with weight standardisation, without it: the weight is used as it is."""
-    return _plain(base)  # type: ignore[arg-type]  # a type hashes, whatever its instances do
-
-
-@functools.cache
-def _plain(base: type[nn.Module]) -> type[nn.Module]:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if getattr(self, "same_pad", False):
-            x = sys.modules[_TIMM].pad_same(x, self.kernel_size, self.stride, self.dilation)
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-    body = {"forward": forward, "fp4fx_computes": _standardised, "fp4fx_settles": base, "__module__": __name__}
-    return type(base.__name__, (base,), body)
-
-
-def _standardised(module: Any, weight: Tensor, gain: Tensor | None) -> Tensor:
-    """The weight [N, C/g, *k] that timm's convolution computes from its parameters."""
-    factor = None if gain is None else (gain * module.scale).view(-1)
-    rows = weight.reshape(1, weight.shape[0], -1)
-    normed = F.batch_norm(rows, None, None, weight=factor, training=True, momentum=0.0, eps=module.eps)
-    return normed.reshape(weight.shape)
-
-
-def is_standardised(cls: type | None) -> bool:
-    """True for timm's own convolutions with weight standardisation."""
-    return cls is not None and cls.__module__ == _TIMM and cls.__name__ in _STANDARDISED
 
 
 def _hook(module: nn.Module) -> Any:
@@ -123,14 +88,14 @@ def _computed(module: nn.Module) -> str | None:
         is_matrix = any(p.dim() > 1 for p in originals)
         return names[0] if len(names) == 1 and is_matrix and _hook(module) is None else None
     hook = _hook(module)
-    return hook.name if hook is not None else "weight" if is_standardised(type(module)) else None
+    return None if hook is None else str(hook.name)
 
 
 def _sources(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The parameters, by their names in the module, that its computed weight is made from."""
     if is_parametrized(module):
         return {n: p for n, p in module.named_parameters() if n.startswith(f"parametrizations.{name}.")}
-    names = (name, "gain") if is_standardised(type(module)) else (f"{name}_g", f"{name}_v", f"{name}_orig")
+    names = (f"{name}_g", f"{name}_v", f"{name}_orig")
     return {n: p for n in names if (p := module._parameters.get(n)) is not None}
 
 
@@ -139,8 +104,6 @@ def _value(module: nn.Module, name: str) -> Tensor:
     """What a module computes as its weight in evaluation."""
     if is_parametrized(module):
         value: Tensor = getattr(module, name)
-    elif is_standardised(type(module)):
-        value = _standardised(module, module._parameters[name], module._parameters.get("gain"))  # type: ignore[arg-type]
     else:
         hook = _hook(module)
         value = hook.compute_weight(module, **({"do_power_iteration": False} if isinstance(hook, SpectralNorm) else {}))
@@ -149,19 +112,9 @@ def _value(module: nn.Module, name: str) -> Tensor:
 
 @torch.no_grad()
 def _is_constant(module: nn.Module, name: str) -> bool:
-    """Whether two computations give the same, and what is not settled by a removal runs as it would."""
+    """Whether two computations give the same matrix."""
     weight = _value(module, name)
-    if weight.is_meta:
-        return True
-    if not is_standardised(type(module)):
-        return weight.dim() > 1 and torch.equal(weight, _value(module, name))
-    conv: Any = module
-    size = [max(4, d * (k - 1) + 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-    probe = torch.linspace(-1, 1, conv.in_channels * size[0] * size[1], dtype=weight.dtype, device=weight.device)
-    other = sharing_copy(module)
-    settle(other, name)
-    x = probe.view(1, conv.in_channels, *size)
-    return torch.allclose(type(conv).forward(conv, x), type(other).forward(other, x), rtol=1e-3, atol=1e-3)
+    return weight.is_meta or (weight.dim() > 1 and torch.equal(weight, _value(module, name)))
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fp4fx import nvfp4, ops  # noqa: F401  (ops defines torch.ops.fp4fx)
 from fp4fx.capture import symbolically_traced
-from fp4fx.effective import plain
 from fp4fx.errors import CheckpointError, PlanError, TraceError
 from fp4fx.kernels.cpu import library
 from fp4fx.policy import Compute
@@ -115,12 +114,7 @@ class Packed(nn.Module):
         for name, spec in self.nvfp4.items():
             dense = state_dict.get(prefix + name)
             if isinstance(dense, Tensor) and tuple(dense.shape) == spec.shape:
-                if (
-                    computes := getattr(self, "fp4fx_computes", None)
-                ) is not None:  # of a dense model, which computes it
-                    dense = computes(dense, state_dict.get(f"{prefix}gain", self._parameters.get("gain")))
-                del state_dict[prefix + name]
-                q, new = encode(dense, spec, prefix + name)
+                q, new = encode(state_dict.pop(prefix + name), spec, prefix + name)
                 state_dict.update({f"{prefix}{name}_{part}": getattr(q, part) for part in PARTS})
                 self.nvfp4 = {**self.nvfp4, name: new}
             elif f"{prefix}{name}_packed" in state_dict:  # of a dense tensor that was not seen here
@@ -131,10 +125,7 @@ class Packed(nn.Module):
         """Pickle and copy by recipe, since a generated class has no importable name."""
         recipe = super().__reduce_ex__(max(int(protocol), 2))
         assert isinstance(recipe, tuple)
-        base = type(self).__bases__[1]
-        settles = getattr(base, "fp4fx_settles", None)
-        given = (settles or base, tuple(self.nvfp4), self.nvfp4_activations is not None, settles is not None)
-        return (_blank, given, *recipe[2:])
+        return (_blank, (type(self).__bases__[1], tuple(self.nvfp4), self.nvfp4_activations is not None), *recipe[2:])
 
     def extra_repr(self) -> str:
         """The class's own description and what is packed."""
@@ -217,9 +208,9 @@ def _class_for(base: type[nn.Module], names: tuple[str, ...], quantizes_input: b
     return type(f"NVFP4{base.__name__}", (Packed, base), body)
 
 
-def _blank(base: type[nn.Module], names: tuple[str, ...], quantizes_input: bool, settled: bool = False) -> Packed:
+def _blank(base: type[nn.Module], names: tuple[str, ...], quantizes_input: bool) -> Packed:
     """An instance without state, for pickle and copy."""
-    cls = class_for(plain(base) if settled else base, names, quantizes_input)
+    cls = class_for(base, names, quantizes_input)
     return cls.__new__(cls)
 
 

@@ -19,7 +19,6 @@ from fp4fx.capture import (
     storages,
     value,
 )
-from fp4fx.effective import is_standardised
 from fp4fx.folding import computed
 from fp4fx.graph_sites import COMPUTE_OPS, comes_with_call, find_sites
 from fp4fx.nvfp4 import excess_kurtosis
@@ -49,8 +48,7 @@ def insert_qdq(gm: GraphModule, ctx: Context) -> int:
     verify(gm, ctx, Dialect.ATEN)
     parameters = parameter_names(gm, (node for node, t in ctx.real.items() if isinstance(t, nn.Parameter)))
     by_name = {name: node for node, name in parameters.items()}
-    classes = module_classes(gm)
-    stock = {name for name, cls in classes.items() if issubclass(cls, STOCK)}
+    stock = {name for name, cls in module_classes(gm).items() if issubclass(cls, STOCK)}
     inputs = [node for node in gm.graph.find_nodes(op="placeholder") if node not in ctx.real]
     found = find_sites(gm.graph, parameters, inputs=inputs, stock=stock)
     reads = zip(found.nodes, found.weights, found.activations, strict=True)
@@ -74,7 +72,7 @@ def insert_qdq(gm: GraphModule, ctx: Context) -> int:
     uses = Counter(site.parameter for site in sites)
     for i, site in enumerate(sites):
         node, weight, x = nodes[site.index]
-        if uses[site.parameter] == 1 and _settles(gm, ctx, site, weight, classes.get(site.called_in)):
+        if uses[site.parameter] == 1 and _settles(gm, ctx, site, weight):
             own = site.called_in in stock and isinstance(x, Node) and comes_with_call(x, node)
             sites[i] = replace(site, settled=True, order=COMPUTE_OPS[node.target].order, own_input=own)
     plan = decide(Trace(tuple(sites), found.notes, ()), ctx.policy, sqnr, fragment=True)
@@ -96,10 +94,10 @@ def insert_qdq(gm: GraphModule, ctx: Context) -> int:
     return len(packed)
 
 
-def _settles(gm: GraphModule, ctx: Context, site: Site, weight: Node, cls: type | None) -> bool:
+def _settles(gm: GraphModule, ctx: Context, site: Site, weight: Node) -> bool:
     """Whether a weight is one that `fp4fx.quantize` would pack as it comes out of its computation."""
     named = f".{site.parameter}".rpartition(".parametrizations.")[1] or site.attribute.endswith(("_v", "_orig"))
-    if site.transform is None or site.refusal or not (named or is_standardised(cls)) or needs_gradient(weight):
+    if site.transform is None or site.refusal or not named or needs_gradient(weight):
         return False
     program = program_of(gm, ctx, weight) if value(weight).shape == site.shape else None
     if program is None:
