@@ -38,3 +38,20 @@ def test_what_has_no_equal_is_left_alone():
     g.apply(canonicalize)
     assert g.count("aten.embedding") == 0
     g.check(0)
+
+
+def test_a_call_of_aten_gets_the_arguments_that_it_left_out():
+    w, k = torch.randn(8, 4), torch.randn(8, 4, 3, 3)
+    for call, x, given in (
+        (lambda x: torch.ops.aten.linear.default(x, w), torch.randn(2, 4), [None]),
+        (
+            lambda x: torch.ops.aten.conv2d.default(x, k, padding=[1, 1]),
+            torch.randn(1, 4, 5, 5),
+            [None, [1, 1], [1, 1], [1, 1], 1],
+        ),
+    ):
+        g = Captured(call, x)
+        g.apply(canonicalize)
+        (node,) = (n for n in g.gm.graph.nodes if n.op == "call_function")
+        assert list(node.args[2:]) == given and not node.kwargs
+        g.check(0)

@@ -51,10 +51,10 @@ def compiled_tokens(model, prompts, settings, backend):
         model.forward = forward
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
-def test_generate_eager_and_compiled(models, cache):
+def test_generate_with_a_static_cache_eager_and_compiled(models):
+    """Eager mode with a growing cache is in test_backend_models."""
     q, dense = models
-    settings = {**SETTINGS, "cache_implementation": cache}
+    settings = {**SETTINGS, "cache_implementation": "static"}
     prompts = [torch.randint(1, 256, (1, 5))]
     expected, graphs = compiled_tokens(dense, prompts, settings, lambda gm, inputs: gm.forward)
     assert compiled_tokens(q, prompts, settings, lambda gm, inputs: gm.forward)[1] == graphs
@@ -62,5 +62,5 @@ def test_generate_eager_and_compiled(models, cache):
 
     found, ours = compiled_tokens(q, prompts, settings, backend)
     assert all(map(torch.equal, found, expected))
-    assert ours <= 4  # as Inductor on a dense model: the strides of the cache that it returns are others at first
+    assert ours <= graphs + 1  # the strides of the cache that Inductor returns are others at first
     assert all(row.kernels for row in fp4fx.report(q).rows if row.decision != "kept")

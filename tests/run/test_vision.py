@@ -31,9 +31,8 @@ def test_forward_features_and_forward_head():
         close(compiled(x), features)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_features_only(name):
-    q = fp4fx.quantize(timm.create_model(name, features_only=True).eval(), POLICY)
+def test_features_only():
+    q = fp4fx.quantize(timm.create_model("test_resnet", features_only=True).eval(), POLICY)
     x = torch.randn(2, 3, 160, 160)
     compiled = torch.compile(q, backend="fp4fx", fullgraph=True)
     with torch.no_grad():
