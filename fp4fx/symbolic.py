@@ -215,7 +215,7 @@ class SymbolicTrace(fx.Tracer):
         return forward(module, *args, **kwargs)
 
     def _look_inside(self, module: nn.Module, start: int) -> None:
-        """Trace the children of an opaque module, each by itself, but for what its forward reached before it failed."""
+        """Trace the children of a module, each by itself, but for what its forward reached (before it failed)."""
         recent = self.history[start:]
         called = {id(entry) for entry in recent if isinstance(entry, nn.Module)}
         read = {id(entry) for entry in recent if isinstance(entry, Value)}
@@ -252,7 +252,9 @@ class SymbolicTrace(fx.Tracer):
             # The parent read the weight and failed before it used it: the parent computes with it, not the module.
             self._call(type(module).forward, module, self._fresh_arguments(module), {}, scoped=False)
         else:
+            start = len(self.history)
             module(*self._fresh_arguments(module))
+            self._look_inside(module, start)  # what its forward calls with optional arguments only
 
     def _multihead(self, forward: Callable[..., Any], module: nn.MultiheadAttention, args: Any, kwargs: Any) -> Any:
         if id(module) not in self.paths:
