@@ -20,6 +20,7 @@ from fp4fx.errors import (
     PolicyError,
     TraceError,
 )
+from fp4fx.explain import Explanation, explain
 from fp4fx.plan import Plan, plan
 from fp4fx.policy import Policy
 from fp4fx.programs import lower
@@ -32,6 +33,7 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "Error",
+    "Explanation",
     "FallbackError",
     "GradientError",
     "LayoutError",
@@ -43,6 +45,7 @@ __all__ = [
     "PolicyError",
     "Report",
     "TraceError",
+    "explain",
     "load",
     "lower",
     "nvfp4",

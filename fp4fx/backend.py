@@ -45,16 +45,8 @@ def fp4fx(
     """
     policy, on_fallback, patches = _read_options(options or {}, mode)
     capture.never_fold(torch.ops.fp4fx.dequantize.default)
-    gm = capture.own_copy(gm)
     with capture.configured(patches):
-        ctx = Context(capture.real_tensors(gm, example_inputs), policy, freezing=capture.freezing())
-        ctx.unfused = _unfused(gm)
-        if ctx.unfused and policy is not None:
-            raise BackendError(
-                f"options['policy']: found a graph in which {ctx.unfused}, expected plain parameters and calls; use "
-                "fp4fx.quantize first"
-            )
-        counts = run(gm, ctx, AS_CAPTURED if ctx.unfused else PASSES)
+        gm, ctx, counts = rewritten(gm, example_inputs, policy)
     if ctx.freezing:
         patches = {**capture.UNCACHED, **patches}
     log.info("%s: %s", name or "graph", ", ".join(f"{k} {v}" for k, v in counts.items() if v) or "nothing to do")
@@ -64,6 +56,25 @@ def fp4fx(
     stand_ins = [capture.backend_fake(part) for f in ctx.folded for part in f.parts]
     compiled = capture.lower(gm, [*example_inputs, *stand_ins], patches)
     return with_parts(compiled, ctx.folded)
+
+
+def rewritten(
+    gm: GraphModule, example_inputs: list[Any], policy: Policy | None
+) -> tuple[GraphModule, Context, dict[str, int]]:
+    """A captured graph after the passes, what they found out, and how often each rewrote something; `gm` is only read.
+
+    Raises:
+        BackendError: there is a policy for a graph that the passes leave as it was captured.
+    """
+    gm = capture.own_copy(gm)
+    ctx = Context(capture.real_tensors(gm, example_inputs), policy, freezing=capture.freezing())
+    ctx.unfused = _unfused(gm)
+    if ctx.unfused and policy is not None:
+        raise BackendError(
+            f"options['policy']: found a graph in which {ctx.unfused}, expected plain parameters and calls; use "
+            "fp4fx.quantize first"
+        )
+    return gm, ctx, run(gm, ctx, AS_CAPTURED if ctx.unfused else PASSES)
 
 
 def _unfused(gm: GraphModule) -> str:
