@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from benchmarks.zoo import catalog, check, table
-from benchmarks.zoo.__main__ import apart, places, representatives, sampled
+from benchmarks.zoo.__main__ import apart, earlier, places, representatives, sampled
 from fp4fx.plan import Plan, plan
 
 SAMPLE = ("timm:test_resnet", "timm:test_vit", "timm:test_convnext", "torchvision:raft_small", "transformers:whisper")
@@ -92,6 +92,16 @@ def test_the_order_the_sample_and_the_smallest_of_a_family(entries):
     assert sampled(some, 2) == [some[0], some[2]]
     ran = {("quantize", e.source): {"eager": "ran", "parameters": n} for e, n in zip(some, (9, 3, 5), strict=True)}
     assert representatives(some, ran) == some[1:]
+    assert representatives(some, {**ran, ("compile", some[0].source): {}}) == [some[0], some[2]]
+
+
+def test_a_run_goes_on_from_a_result_and_from_what_was_interrupted(tmp_path, monkeypatch):
+    result, interrupted = tmp_path / "zoo.json", tmp_path / "rows.jsonl"
+    monkeypatch.setattr("benchmarks.zoo.__main__.DONE", interrupted)
+    assert earlier(result) == []
+    result.write_text('{"rows": [{"source": "a"}]}', "utf-8")
+    interrupted.write_text('{"source": "b"}\n{"source": "a", "error": "no"}\n', "utf-8")
+    assert earlier(result) == [{"source": "a"}, {"source": "b"}, {"source": "a", "error": "no"}]
 
 
 def test_a_model_over_its_limits_is_a_row(entries):

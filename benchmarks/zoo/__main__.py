@@ -1,7 +1,7 @@
 """Trace, quantize and run every model of timm and torchvision and small ones of transformers; compile one per family.
 
-Each model runs in a process of its own, with a limit of time and memory. What was done is kept in `build/zoo`, and an
-interrupted run goes on there; `--fresh` begins anew. The result is a JSON of all rows and a table, `docs/zoo.md`.
+Each model runs in a process of its own, with a limit of time and memory. The result is a JSON of all rows and a table,
+`docs/zoo.md`; a run goes on where that, or an interrupted run in `build/zoo`, has no row yet. `--fresh` begins anew.
 """
 
 from __future__ import annotations
@@ -64,9 +64,11 @@ def all_rows(step: str, wanted: list[Entry], args: argparse.Namespace) -> Iterab
 
 
 def representatives(chosen: list[Entry], rows: dict[tuple[str, str], Row]) -> list[Entry]:
-    """The smallest model of each family among those that ran."""
+    """Of each family the model that was compiled, or else the smallest among those that ran."""
     smallest: dict[str, tuple[int, Entry]] = {}
     for entry in chosen:
+        if ("compile", entry.source) in rows:
+            smallest[entry.family] = -1, entry
         row = rows.get(("quantize", entry.source), {})
         size = row.get("parameters", 1 << 62) if row.get("eager") == "ran" else 1 << 62
         if entry.family not in smallest or size < smallest[entry.family][0]:
@@ -78,6 +80,13 @@ def places(known: list[Entry]) -> dict[Entry, int]:
     """The place of every model within its family: in this order an interrupted run has seen all families first."""
     seen = Counter[str]()
     return {entry: seen.update([entry.family]) or seen[entry.family] for entry in known}
+
+
+def earlier(result: Path) -> list[Row]:
+    """The rows of a result, and over them those of an interrupted run."""
+    rows = json.loads(result.read_text("utf-8"))["rows"] if result.exists() else []
+    lines = DONE.read_text("utf-8").splitlines() if DONE.exists() else []
+    return [*rows, *map(json.loads, lines)]
 
 
 def sampled(found: list[Entry], count: int | None) -> list[Entry]:
@@ -116,11 +125,7 @@ def main() -> None:
     DONE.parent.mkdir(parents=True, exist_ok=True)
     if args.fresh:
         DONE.unlink(missing_ok=True)
-    rows: dict[tuple[str, str], Row] = {}
-    if DONE.exists():
-        for line in DONE.read_text("utf-8").splitlines():
-            row = json.loads(line)
-            rows[row["step"], row["source"]] = row
+    rows = {} if args.fresh else {(row["step"], row["source"]): row for row in earlier(args.out)}
     for step in args.steps:
         wanted = chosen if step == "quantize" else representatives(chosen, rows)
         todo = [
