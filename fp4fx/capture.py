@@ -26,8 +26,6 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
-from fp4fx.dataflow import VIEWS, op_name
-
 CompiledGraph = Callable[..., Any]
 OpOverload = torch._ops.OpOverload
 
@@ -40,11 +38,6 @@ def value(node: Node) -> Any:
 def needs_gradient(node: Node) -> bool:
     """Whether a captured call gave something that requires a gradient."""
     return any(v.requires_grad for v in pytree.tree_leaves(value(node)) if isinstance(v, Tensor))
-
-
-def feeds_gradient(node: Node) -> bool:
-    """Whether a call that reads a parameter does so under gradients; a view says so in any mode, as Dynamo has it."""
-    return any(map(feeds_gradient, node.users)) if op_name(node) in VIEWS else needs_gradient(node)
 
 
 def is_distributed(node: Node) -> bool:

@@ -34,8 +34,7 @@ from fp4fx.site import Order
 
 BLOCK = 16
 ORDERS: tuple[Order, ...] = get_args(Order)
-E2M1_MAX, E4M3_MAX = 6.0, 448.0
-E4M3_MIN = 2.0**-9  # smallest subnormal
+E2M1_MAX, E4M3_MAX, E4M3_MIN = 6.0, 448.0, 2.0**-9  # the smallest subnormal
 E4M3_NAN = 0x7F
 SEARCH = range(-3, 8)  # scale codes that "search" tries, from that of "max"
 LARGEST_SCALE = {"max": E4M3_MAX, "search": 256.0}  # of the block that holds the tensor's amax: "search" goes above it
@@ -70,10 +69,9 @@ def row_length(shape: torch.Size | tuple[int, ...], order: Order, groups: int = 
     rank = 1 if order == "rows" else 2
     if len(shape) < rank:
         raise LayoutError(f"order {order!r} needs {rank} dimension(s) or more, found shape {tuple(shape)}")
-    plain = order in ("rows", "columns")
-    grouped = 1 if plain else shape[1] if order == "channels" else shape[0]
+    grouped = {"rows": 1, "columns": 1, "channels": shape[-1 if rank == 1 else 1]}.get(order, shape[0])
     if groups < 1 or grouped % groups:
-        what = "has no groups" if plain else f"splits a dimension of size {grouped} into groups"
+        what = "has no groups" if grouped == 1 else f"splits a dimension of size {grouped} into groups"
         raise LayoutError(f"order {order!r} {what}: groups={groups} does not fit shape {tuple(shape)}")
     if order == "conv":
         k = math.prod(shape[1:])
@@ -241,8 +239,7 @@ def dequantize_rows(
     table = decode_e2m1(unpack(torch.arange(256, dtype=torch.uint8, device=packed.device))).view(torch.int64)
     values = table.index_select(0, packed.flatten().int()).view(torch.float32).view(*scale.shape, BLOCK)
     factors = (decode_e4m3(scale) * global_scale).unsqueeze(-1)
-    values = values.mul_(factors) if in_place else values * factors
-    values = values.flatten(-2)
+    values = (values.mul_(factors) if in_place else values * factors).flatten(-2)
     if k % BLOCK:
         # Not a slice: Inductor's loop split on CPU (torch 2.15) loses the end of a slice that stops within a block.
         values = values.as_strided((*values.shape[:-1], k), values.stride())

@@ -25,44 +25,30 @@ def _text() -> dict[str, Any]:
     return {"input_ids": _tokens()}
 
 
+def _model(name: str, head: str, **more: Any) -> Callable[[], nn.Module]:
+    """A model whose configuration has BERT's names, and in `more` those of its own."""
+
+    def make() -> nn.Module:
+        import transformers  # noqa: PLC0415
+
+        common = {
+            "vocab_size": WORDS,
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+        }
+        config = getattr(transformers, f"{name}Config")(**{**common, **more})
+        model: nn.Module = getattr(transformers, f"{name}{head}")(config)
+        return model
+
+    return make
+
+
 def _decoder(name: str, **more: Any) -> Make:
     """A causal language model whose configuration has Llama's names."""
-
-    def make() -> nn.Module:
-        import transformers  # noqa: PLC0415
-
-        common = {
-            "vocab_size": WORDS,
-            "hidden_size": WIDTH,
-            "intermediate_size": 2 * WIDTH,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": HEADS // 2,
-            "head_dim": WIDTH // HEADS,
-        }
-        config = getattr(transformers, f"{name}Config")(**{**common, **more})
-        return getattr(transformers, f"{name}ForCausalLM")(config)
-
-    return make, lambda: {**_text(), "use_cache": False}
-
-
-def _encoder(name: str, head: str, **more: Any) -> Make:
-    """A model whose configuration has BERT's names."""
-
-    def make() -> nn.Module:
-        import transformers  # noqa: PLC0415
-
-        common = {
-            "vocab_size": WORDS,
-            "hidden_size": WIDTH,
-            "intermediate_size": 2 * WIDTH,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-        }
-        config = getattr(transformers, f"{name}Config")(**{**common, **more})
-        return getattr(transformers, f"{name}{head}")(config)
-
-    return make, _text
+    grouped = {"num_key_value_heads": HEADS // 2, "head_dim": WIDTH // HEADS}
+    return _model(name, "ForCausalLM", **grouped, **more), lambda: {**_text(), "use_cache": False}
 
 
 def _gpt2() -> nn.Module:
@@ -113,10 +99,10 @@ MODELS: dict[str, Make] = {
     "gemma": _decoder("Gemma"),
     "mixtral": _decoder("Mixtral", num_local_experts=4),
     "gpt2": (_gpt2, lambda: {**_text(), "use_cache": False}),
-    "bert": _encoder("Bert", "ForMaskedLM"),
-    "roberta": _encoder("Roberta", "ForMaskedLM"),
+    "bert": (_model("Bert", "ForMaskedLM"), _text),
+    "roberta": (_model("Roberta", "ForMaskedLM"), _text),
     "vit": (
-        _encoder("ViT", "ForImageClassification", image_size=SIDE, patch_size=8)[0],
+        _model("ViT", "ForImageClassification", image_size=SIDE, patch_size=8),
         lambda: {"pixel_values": _image()},
     ),
     "clip": (_clip, lambda: {"input_ids": _tokens(), "pixel_values": _image()}),

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fp4fx.capture import arguments, emit, feeds_gradient, value
+from fp4fx.capture import arguments, emit, needs_gradient, value
+from fp4fx.dataflow import VIEWS
+from fp4fx.dataflow import op_name as name_of
 from fp4fx.pipeline import Context, op_name
 
 quantize = torch.ops.fp4fx.quantize.default
@@ -48,3 +50,8 @@ def _needs_gradient(node: Node) -> bool:
 
 
 _DEFAULTS: tuple[Any, ...] = (None, None, "rows", 1, "max", 1, "bf16")
+
+
+def feeds_gradient(node: Node) -> bool:
+    """Whether a call that reads a parameter does so under gradients; a view says so in any mode, as Dynamo has it."""
+    return any(map(feeds_gradient, node.users)) if name_of(node) in VIEWS else needs_gradient(node)

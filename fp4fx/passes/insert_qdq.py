@@ -11,7 +11,6 @@ from torch.fx import GraphModule, Node
 
 from fp4fx.capture import (
     emit,
-    feeds_gradient,
     module_classes,
     mutated,
     needs_gradient,
@@ -23,6 +22,7 @@ from fp4fx.folding import computed
 from fp4fx.graph_sites import COMPUTE_OPS, comes_with_call, find_sites
 from fp4fx.nvfp4 import excess_kurtosis
 from fp4fx.packed import STOCK
+from fp4fx.passes.expose_qdq import feeds_gradient
 from fp4fx.passes.fold_parameters import program_of
 from fp4fx.pipeline import Context, Dialect, verify
 from fp4fx.plan import Decision, decide, weight_sqnr
