@@ -24,7 +24,7 @@ from fp4fx.plan import Plan
 LARGEST = 300_000_000
 """Parameters above which a model is planned on the meta device alone."""
 UNSEEN = "never called in the trace"
-STOPPED = re.compile(r"not used before \S+(?= could)")
+NAMED = re.compile(r"(?<=not used before )\S+(?= could)|(?<=is made from )\S+")
 
 Row = dict[str, Any]
 
@@ -146,7 +146,7 @@ def _planned(model: nn.Module, plan: Plan) -> Row:
         "quantized_sites": len(plan.quantized),
         "quantized": sum(unique.values()),
         "kept": dict(Counter(d.rule for d in plan.kept)),
-        "left_alone": dict(Counter(STOPPED.sub("not used before its module", note.reason) for note in plan.unreached)),
+        "left_alone": dict(Counter(NAMED.sub("…", note.reason) for note in plan.unreached)),
         "opaque": len(plan.opaque),
         "unaccounted": sorted(set(weights) - sites - noted),
     }
