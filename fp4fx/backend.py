@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -45,11 +46,14 @@ def fp4fx(
     """
     policy, on_fallback, patches = _read_options(options or {}, mode)
     capture.never_fold(torch.ops.fp4fx.dequantize.default)
+    start = perf_counter()
     with capture.configured(patches):
         gm, ctx, counts = rewritten(gm, example_inputs, policy)
+    took = perf_counter() - start
     if ctx.freezing:
         patches = {**capture.UNCACHED, **patches}
-    log.info("%s: %s", name or "graph", ", ".join(f"{k} {v}" for k, v in counts.items() if v) or "nothing to do")
+    done = ", ".join(f"{k} {v}" for k, v in counts.items() if v) or "nothing to do"
+    log.info("%s: %s; the passes took %.2f s", name or "graph", done, took)
     _tell(ctx)
     if on_fallback == "raise":
         _raise_on_fallback(ctx)

@@ -87,7 +87,8 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 def headline(where: Mapping[str, Any]) -> str:
     """An `environment` in one line."""
     versions = f"torch {where['torch']}, fp4fx {where['fp4fx']}"
-    return f"{where['device']}, {where['threads']} threads, {versions}, {where['date']}"
+    threads = "1 thread" if where["threads"] == 1 else f"{where['threads']} threads"
+    return f"{where['device']}, {threads}, {versions}, {where['date']}"
 
 
 def version_of(package: str) -> str | None:

@@ -241,7 +241,7 @@ def _decide_use(site: Site, policy: Policy, context: Context) -> Decision:
         if reason is not None:
             return Decision(site, None, name, reason + by)
     why = None if own.activations is None else weight_only(site)
-    spec = Spec(own.scale_rule, own.block, None if why else own.activations, why, own.compute)
+    spec = Spec(own.weight_rule, own.block, None if why else own.activations, why, own.compute)
     return Decision(site, spec, "weights", (f"weight only: {why}" if why else "no rule keeps it") + by)
 
 
@@ -312,7 +312,7 @@ def plan(
     def sqnr(site: Site, own: Policy) -> float:
         if parameters[site.parameter].is_meta:
             raise no_values(site, "min_sqnr", own.min_sqnr or 0.0)
-        return weight_sqnr(parameters[site.parameter], site, own.scale_rule, own.block)
+        return weight_sqnr(parameters[site.parameter], site, own.weight_rule, own.block)
 
     decided = decide(found, policy, sqnr)
     before = {id(p): p.nbytes for p in parameters.values()}

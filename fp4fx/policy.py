@@ -25,7 +25,7 @@ Changes = tuple[tuple[str, Any], ...]
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "weights": ("nvfp4", None),
     "activations": (None, "nvfp4", "nvfp4-static"),
-    "scale_rule": get_args(ScaleRule),
+    "scale_rule": (*get_args(ScaleRule), None),
     "block": ((1, 16), (16, 16)),
     "compute": get_args(Compute),
     "on_fallback": ("report", "raise"),
@@ -78,9 +78,10 @@ class Policy:
     overrides: tuple[tuple[Pattern, Changes], ...] = ()
     """Pattern -> changed fields, as a mapping or pairs; the first pattern that matches a site gives it its own version
     of the policy. What is about the whole model (skip_first/last, include, exclude, on_fallback) cannot be changed."""
-    scale_rule: ScaleRule = "max"
+    scale_rule: ScaleRule | None = None
     """How the scale of a block is chosen. "max": block maximum / 6. "search": the one of least squared error among
-    those around it, a quarter less error in eight times the time. "four_over_six" is not available yet."""
+    those around it, a quarter less error in eight times the time. "four_over_six" is not available yet. None: "search",
+    or "max" for tiles of 16x16."""
     block: Block = (1, 16)
     """(rows, columns) of weight that share one scale: (1, 16), or (16, 16) for training, so that W and Wᵀ agree."""
     compute: Compute = "bf16"
@@ -115,6 +116,11 @@ class Policy:
             raise PolicyError("Policy: scale_rule='search' needs block=(1, 16): it chooses a scale per 16 values")
         for pattern, _ in self.overrides:
             self.overridden(pattern)
+
+    @property
+    def weight_rule(self) -> ScaleRule:
+        """`scale_rule`, or the best for the block where that is None."""
+        return self.scale_rule or ("search" if self.block == (1, 16) else "max")
 
     def overridden(self, pattern: Pattern) -> Policy:
         """The policy of the sites that fall under the override `pattern`."""

@@ -6,6 +6,7 @@ from benchmarks.zoo import catalog, check, table
 from benchmarks.zoo.__main__ import apart, earlier, places, representatives, sampled
 from fp4fx.plan import Plan, plan
 
+LARGE = 300_000_000
 SAMPLE = ("timm:test_resnet", "timm:test_vit", "timm:test_convnext", "torchvision:raft_small", "transformers:whisper")
 
 
@@ -24,7 +25,7 @@ def test_every_model_of_the_packages_is_there(entries):
 
 @pytest.mark.parametrize("source", SAMPLE)
 def test_a_model_is_planned_quantized_and_run(entries, source):
-    row = check.quantized(entries[source])
+    row = check.quantized(entries[source], LARGE)
     assert table.failures(row) == []
     assert row["eager"] == "ran"
     assert row["quantized"] > 0
@@ -74,7 +75,7 @@ def test_what_is_not_as_it_must_be_is_said(wrong, words):
 
 def test_a_page_has_a_line_per_family_and_every_failure(entries):
     sources = ("timm:test_vit", "timm:vit_tiny_patch16_224")
-    rows = [{**check.quantized(entries[sources[0]]), "step": "quantize"}]
+    rows = [{**check.quantized(entries[sources[0]], LARGE), "step": "quantize"}]
     rows.append({"error": "ValueError: no", "step": "quantize"})
     rows = [{**row, "source": s, "family": entries[s].family} for s, row in zip(sources, rows, strict=True)]
     environment = {"device": "a CPU", "threads": 1, "torch": "2", "fp4fx": "0", "date": "today"}

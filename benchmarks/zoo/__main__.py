@@ -141,7 +141,8 @@ def main() -> None:
                     tqdm.write(f"{row['source']}: {why}")
     order = {entry.source: place for place, entry in enumerate(known)}
     kept = sorted((r for r in rows.values() if r["source"] in order), key=lambda r: (r["step"], order[r["source"]]))
-    record = {"environment": bench.environment(), "packages": table.packages(), "date": strftime("%Y-%m-%d")}
+    where = {**bench.environment(), "threads": 1}
+    record = {"environment": where, "packages": table.packages(), "date": strftime("%Y-%m-%d")}
     lines = ",\n".join(json.dumps(row, sort_keys=False) for row in kept)
     head = json.dumps(record, indent=1)[:-2]
     args.out.parent.mkdir(parents=True, exist_ok=True)

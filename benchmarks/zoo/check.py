@@ -21,16 +21,17 @@ import fp4fx
 from benchmarks.zoo.catalog import Entry, Trial, trials
 from fp4fx.plan import Plan
 
-LARGEST = 300_000_000
-"""Parameters above which a model is planned on the meta device alone."""
 UNSEEN = "never called in the trace"
 NAMED = re.compile(r"(?<=not used before )\S+(?= could)|(?<=is made from )\S+")
 
 Row = dict[str, Any]
 
 
-def quantized(entry: Entry, largest: int = LARGEST) -> Row:
-    """Steps 1 and 2: the plan on the meta device, then the quantized model in eager mode."""
+def quantized(entry: Entry, largest: int) -> Row:
+    """Steps 1 and 2: the plan on the meta device, then the quantized model in eager mode.
+
+    A model of more than `largest` parameters is planned only.
+    """
     start = perf_counter()
     trial, failures = _smallest(entry)
     model = _on_meta(trial)
@@ -241,6 +242,7 @@ def work(step: str, entry: Entry, gigabytes: float, largest: int, out: Connectio
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    gc.freeze()  # what the imports made need not be looked through after every forward
     known: Row = {"source": entry.source, "family": entry.family, "step": step}
     try:
         row = {**known, **(quantized(entry, largest) if step == "quantize" else compiled(entry))}

@@ -60,7 +60,7 @@ def insert_qdq(gm: GraphModule, ctx: Context) -> int:
         return replace(site, kurtosis=excess_kurtosis(ctx.real[by_name[site.parameter]].detach()))
 
     def sqnr(site: Site, own: Policy) -> float:
-        return weight_sqnr(ctx.real[by_name[site.parameter]].detach(), site, own.scale_rule, own.block)
+        return weight_sqnr(ctx.real[by_name[site.parameter]].detach(), site, own.weight_rule, own.block)
 
     written = set().union(*map(mutated, gm.graph.nodes))
     sites = [
