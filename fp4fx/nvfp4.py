@@ -397,4 +397,4 @@ def _tile_max(x: Tensor, block_rows: int) -> Tensor:
 
 
 def _parts(x: Tensor) -> Iterator[Tensor]:
-    return (part.double() for part in torch.split(x.detach().flatten(), CHUNK))
+    return (part.double() for part in torch.split(x.detach().flatten(), CHUNK >> 4))
