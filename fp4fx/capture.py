@@ -25,9 +25,11 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CompiledGraph = Callable[..., Any]
 OpOverload = torch._ops.OpOverload
+DispatchMode = TorchDispatchMode
 
 
 def value(node: Node) -> Any:
