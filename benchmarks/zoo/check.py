@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp4fx
@@ -33,21 +34,14 @@ def quantized(entry: Entry, largest: int) -> Row:
     A model of more than `largest` parameters is planned only.
     """
     start = perf_counter()
-    trial, failures = _smallest(entry)
-    model = _on_meta(trial)
-    plan = fp4fx.plan(model)
-    numel = sum(p.numel() for p in model.parameters())
-    row: Row = {"parameters": numel, **_made(trial), **_planned(model, plan)}
-    row["plan_s"] = perf_counter() - start
-    if numel > largest:
+    *_, trial = trials(entry)
+    if sum(p.numel() for p in _on_meta(trial).parameters()) > largest:
+        row, _ = _planned(trial)
         return {**row, "eager": f"planned only: more than {largest:,} parameters", "seconds": perf_counter() - start}
-    del model
-    model = _real(trial)
+    trial, model, expected, used, failures = _run(entry)
     args, kwargs = trial.arguments("cpu")
-    with torch.no_grad(), _watched(model, trial) as seen, _Uses(model) as uses:
-        model(*args, **kwargs)
-        expected = seen()
-    row["overlooked"] = sorted(_overlooked(plan, uses.found))
+    row, plan = _planned(trial)
+    row["overlooked"] = sorted(_overlooked(plan, used))
     packed = fp4fx.quantize(model)
     with torch.no_grad(), _watched(packed, trial) as seen:
         packed(*args, **kwargs)
@@ -75,8 +69,7 @@ def quantized(entry: Entry, largest: int) -> Row:
 def compiled(entry: Entry) -> Row:
     """Step 3: the compiled graph beside eager mode, and the trace on example inputs beside the one without."""
     start = perf_counter()
-    trial, _ = _smallest(entry)
-    model = _real(trial)
+    trial, model, *_ = _run(entry)
     args, kwargs = trial.arguments("cpu")
     symbolic = {d.site.parameter for d in fp4fx.plan(model).decisions}
     exact = fp4fx.plan(model, None, args, kwargs)
@@ -137,12 +130,19 @@ def _overlooked(plan: Plan, used: set[str]) -> set[str]:
     return used - sites - noted
 
 
-def _planned(model: nn.Module, plan: Plan) -> Row:
+def _planned(trial: Trial) -> tuple[Row, Plan]:
+    """What `fp4fx.plan` says of the model on the meta device."""
+    model = _on_meta(trial)
+    start = perf_counter()
+    plan = fp4fx.plan(model)
+    seconds = perf_counter() - start
     sites = {name for d in plan.decisions for name in (d.site.parameter, *d.site.tied)}
     noted = {note.name for note in plan.unreached}
     weights = {name: p for name, p in model.named_parameters() if p.dim() >= 2}
     unique = {d.site.parameter: d.site.numel for d in plan.quantized}
-    return {
+    row = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **_made(trial),
         "sites": len(plan.decisions),
         "quantized_sites": len(plan.quantized),
         "quantized": sum(unique.values()),
@@ -150,37 +150,53 @@ def _planned(model: nn.Module, plan: Plan) -> Row:
         "left_alone": dict(Counter(NAMED.sub("…", note.reason) for note in plan.unreached)),
         "opaque": len(plan.opaque),
         "unaccounted": sorted(set(weights) - sites - noted),
+        "plan_s": seconds,
     }
+    return row, plan
 
 
 def _made(trial: Trial) -> Row:
     return {"input": [list(shape) for shape in trial.shapes], "options": dict(trial.options)}
 
 
-def _smallest(entry: Entry) -> tuple[Trial, list[str]]:
-    """The first trial that the model itself takes, found on the meta device, where nothing is computed."""
+def _run(entry: Entry) -> tuple[Trial, nn.Module, Tensor, set[str], list[str]]:
+    """The first trial whose model takes its input: the model, what it gave, what its products read, why not others."""
     failures: list[str] = []
     ways = list(trials(entry))
-    for trial in ways[:-1]:
+    for trial in ways:
         try:
-            model = _on_meta(trial)
-            args, kwargs = trial.arguments("meta")
-            with torch.no_grad(), torch.device("meta"):
+            model = _real(trial)
+            args, kwargs = trial.arguments("cpu")
+            with torch.no_grad(), _watched(model, trial) as seen, _Uses(model) as uses:
                 model(*args, **kwargs)
+                return trial, model, seen(), uses.found, failures
         except Exception as error:  # noqa: BLE001  (a model may raise anything at an input it does not take)
             failures.append(f"{trial.shapes}: {_first_line(error)}")
-        else:
-            return trial, failures
-    return ways[-1], failures
+    raise RuntimeError(failures[-1])
 
 
 def _on_meta(trial: Trial) -> nn.Module:
     """The model without values; one that computes with tensors while it is built is built with them."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             return trial.build().eval()
     except (NotImplementedError, RuntimeError):
         return trial.build().eval().to("meta")
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out what is written into tensors on the meta device, which takes longer there than with values."""
+
+    WRITES = tuple(f"{name}_" for name in ("normal", "uniform", "clamp", "erfinv", "mul", "add", "fill", "zero"))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        initialises = getattr(func, "__module__", None) == "torch.nn.init"
+        if initialises or getattr(func, "__name__", None) in self.WRITES:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def _real(trial: Trial) -> nn.Module:
