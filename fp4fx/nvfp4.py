@@ -29,15 +29,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fp4fx.codes import E2M1_MAX, E4M3_NAN, decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3, pack, unpack
 from fp4fx.errors import LayoutError, NonFiniteWeightError, PolicyError
+from fp4fx.scales import BLOCK, LARGEST_SCALE, check_rule, finite_abs, scale_codes, weights_of
 from fp4fx.site import Order
 
-BLOCK = 16
+__all__ = [
+    "BLOCK", "CHUNK", "E2M1_MAX", "E4M3_NAN", "GLOBAL_SCALE_MIN", "LARGEST_SCALE", "NVFP4", "ORDERS", "check_finite",
+    "decode_e2m1", "decode_e4m3", "dequantize", "dequantize_rows", "encode_e2m1", "encode_e4m3", "excess_kurtosis",
+    "from_rows", "global_scale", "pack", "quantize", "quantize_rows", "row_length", "sqnr", "to_rows", "unpack",
+]  # fmt: skip
+
 ORDERS: tuple[Order, ...] = get_args(Order)
-E2M1_MAX, E4M3_MAX, E4M3_MIN = 6.0, 448.0, 2.0**-9  # the smallest subnormal
-E4M3_NAN = 0x7F
-SEARCH = range(-3, 8)  # scale codes that "search" tries, from that of "max"
-LARGEST_SCALE = {"max": E4M3_MAX, "search": 256.0}  # of the block that holds the tensor's amax: "search" goes above it
 GLOBAL_SCALE_MIN = 2.0**-126
 CHUNK = 1 << 20  # values worked on at a time in eager mode: temporaries stay in cache and bounded
 
@@ -121,66 +124,21 @@ def from_rows(rows: Tensor, shape: torch.Size | tuple[int, ...], order: Order, g
     return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-def encode_e2m1(x: Tensor) -> Tensor:
-    """Values float [...] -> codes u8 [...]: nearest, ties to the even code, saturating at 6; NaN gives 0.
-
-    The index of a magnitude is the least of the three lines 2a, a + 2 and a/2 + 4, each rounded half to even.
-    """
-    a = x.abs().nan_to_num(0.0)
-    index = torch.minimum(torch.minimum((a * 2).round(), a.round() + 2), (a * 0.5).round() + 4).clamp(max=7)
-    return (index + (x < 0) * 8.0).to(torch.uint8)
-
-
-def decode_e2m1(codes: Tensor) -> Tensor:
-    """Codes u8 [...] (bits 0 to 3) -> values fp32 [...]: the magnitude is the greatest of i/2, i - 2 and 2i - 8."""
-    i = (codes & 7).float()
-    magnitude = torch.maximum(torch.maximum(i * 0.5, i - 2), i * 2 - 8)
-    return torch.where((codes & 8) == 0, magnitude, -magnitude)
-
-
-def encode_e4m3(x: Tensor) -> Tensor:
-    """Values fp32 [...] -> E4M3FN bits u8 [...]: nearest, ties to even, saturating at 448; NaN gives 0x7F or 0xFF."""
-    bits = x.contiguous().view(torch.int32)
-    magnitude = bits & 0x7FFFFFFF
-    capped = magnitude.clamp(max=0x43E00000)  # 448
-    normal = ((capped + 0x7FFFF + ((capped >> 20) & 1)) >> 20) - (120 << 3)
-    # At 2**14 the spacing of fp32 is 2**-9, that of subnormal E4M3: the addition rounds, the low bits are the answer.
-    subnormal = (capped.view(torch.float32) + 2.0**14).view(torch.int32) - (141 << 23)
-    byte = torch.where(capped < (121 << 23), subnormal, normal)  # 2**-6
-    byte = torch.where(magnitude > 0x7F800000, E4M3_NAN, byte)
-    return (byte | ((bits >> 24) & 0x80)).to(torch.uint8)
-
-
-def decode_e4m3(scale: Tensor) -> Tensor:
-    """E4M3FN bits u8 [...] -> values fp32 [...]."""
-    bits = scale.int()
-    magnitude = bits & 0x7F
-    normal = ((magnitude << 20) + (120 << 23)).view(torch.float32)
-    value = torch.where(magnitude < 8, magnitude.float() * E4M3_MIN, normal)
-    value = torch.where(magnitude == E4M3_NAN, math.nan, value)
-    return torch.where(bits < 0x80, value, -value)
-
-
-def pack(codes: Tensor) -> Tensor:
-    """Codes u8 [..., 2n] (bits 4 to 7 zero) -> packed u8 [..., n]: the even index in the low nibble."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """Packed u8 [..., n] -> codes u8 [..., 2n]: the inverse of `pack`."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-
-
-def global_scale(x: Tensor) -> Tensor:
-    """Tensor float, any shape -> g fp32 []: amax/2688 over finite values, 1 if they are all zero.
+def global_scale(x: Tensor, scale_rule: str = "max") -> Tensor:
+    """Tensor float, any shape -> g fp32 []: amax/2688 (1536 if not by "max") over finite values, 1 if all are zero.
 
     To share one g among several tensors, take the largest of theirs.
     """
-    return _scale_of(_amax(x))
+    return _scale_of(_amax(x), scale_rule)
 
 
 def quantize_rows(
-    rows: Tensor, global_scale: Tensor | None = None, *, scale_rule: str = "max", block_rows: int = 1
+    rows: Tensor,
+    global_scale: Tensor | None = None,
+    *,
+    scale_rule: str = "max",
+    block_rows: int = 1,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [..., K] float -> packed u8 [..., ceil(K/16)*8], scale u8 [..., ceil(K/16)], global_scale fp32 [].
 
@@ -191,21 +149,23 @@ def quantize_rows(
     Args:
         rows: fp32, fp16, bf16 or fp64; there may be no rows, but K must not be 0.
         global_scale: fp32 [], finite and positive, used as it is; None computes it.
-        scale_rule: "max", or "search": of the scales from 3 codes below that of "max" to 7 above, the one of the least
-            squared error, with g = amax/1536 so that there is room above.
+        scale_rule: "max", or one that tries several scales, with g = amax/1536 so that there is room above (see
+            `fp4fx.scales`).
         block_rows: 16 takes one scale per 16x16 tile of the last two axes (fewer rows at the edge; a 1-d tensor is one
             row) and stores it in each of the tile's rows.
+        weights: fp32 [..., ceil(K/16), 16], or what broadcasts to it: factors of the errors that a rule compares, up to
+            1 (see `fp4fx.scales.weights_of`).
 
     Raises:
-        PolicyError: a scale rule that does not exist (yet), or a block of other than 1 or 16 rows.
+        PolicyError: a scale rule that does not exist, or not for such a block.
         LayoutError: not a float tensor, K = 0, or a global scale of another shape or dtype.
     """
-    _check_rule(scale_rule, block_rows)
+    check_rule(scale_rule, block_rows, weighted=weights is not None)
     k = row_length(rows.shape, "rows")
     if not rows.is_floating_point():
         raise LayoutError(f"only floating-point values can be quantized, found {rows.dtype}; convert them first")
     blocks = torch.unflatten(pad(rows.detach().float(), (0, -k % BLOCK)), -1, (-1, BLOCK))
-    block_amax, poisoned = _finite_abs(blocks).amax(-1), blocks.isnan().any(-1)
+    block_amax, poisoned = finite_abs(blocks).amax(-1), blocks.isnan().any(-1)
     if global_scale is None:
         global_scale = _scale_of(block_amax, scale_rule)
     elif global_scale.dim() or global_scale.dtype != torch.float32:
@@ -213,10 +173,8 @@ def quantize_rows(
         raise LayoutError(f"global_scale must be one fp32 value of shape (), found {found}")
     if block_rows > 1 and rows.dim() > 1:
         block_amax, poisoned = _tile_max(block_amax, block_rows), _tile_max(poisoned.float(), block_rows) > 0
-    s = (block_amax / (E2M1_MAX * global_scale)).clamp(E4M3_MIN, E4M3_MAX)
-    scale = torch.where(poisoned, E4M3_NAN, encode_e4m3(torch.where(block_amax == 0, 1.0, s)))
-    if scale_rule == "search":
-        scale = torch.where(poisoned | (block_amax == 0), scale, _search(blocks, scale, global_scale))
+    scale = scale_codes(blocks, block_amax, global_scale, scale_rule, weights)
+    scale = torch.where(poisoned, E4M3_NAN, scale)
     codes = encode_e2m1(blocks / (decode_e4m3(scale) * global_scale).unsqueeze(-1))
     return pack(codes.flatten(-2)), scale, global_scale
 
@@ -254,31 +212,43 @@ def quantize(
     global_scale: Tensor | None = None,
     order: Order = "rows",
     groups: int = 1,
+    importance: Tensor | None = None,
 ) -> NVFP4:
     """Tensor float, any shape -> NVFP4: `quantize_rows` of `to_rows`, a bounded number of rows at a time.
 
     Args:
         x: fp32, fp16, bf16 or fp64.
-        scale_rule: "max" or "search", see `quantize_rows`.
+        scale_rule: see `fp4fx.scales`.
         block: (1, 16), or (16, 16) for one scale per tile, so that a matrix and its transpose quantize alike.
         global_scale: fp32 [], used as it is; None computes it from amax.
         order: how x lines up as rows, see `to_rows`.
         groups: of the convolution.
+        importance: fp32 [K] for the columns of the rows, or [G, K] where rows are G equal parts with inputs of their
+            own (groups of a convolution): factors of the squared errors that "search" compares. With the diagonal of
+            the Hessian, the mean square of each input, it makes least the error of the product as far as inputs are
+            uncorrelated.
 
     Raises:
-        PolicyError: a block or scale rule that does not exist (yet).
+        PolicyError: a block or scale rule that does not exist, or not together.
         LayoutError: order, groups, shape or dtype do not fit.
     """
     if tuple(block) not in ((1, BLOCK), (BLOCK, BLOCK)):
         raise PolicyError(f"block={block} is not a block of NVFP4; use (1, 16), or (16, 16) for one scale per tile")
-    _check_rule(scale_rule, block[0])
+    check_rule(scale_rule, block[0], weighted=importance is not None)
     rows = to_rows(x, order, groups)
+    weights = None if importance is None else weights_of(importance, rows)
     unit = BLOCK if rows.dim() == 2 else 1  # a part ends with a tile; of a 3-d tensor it is whole matrices
     step = max(CHUNK // max(rows[:unit].numel(), 1), 1) * unit
     parts = torch.split(rows, step) if rows.dim() > 1 else (rows,)
     if global_scale is None:
         global_scale = _scale_of(_amax(rows), scale_rule)
-    encoded = [quantize_rows(p, global_scale, scale_rule=scale_rule, block_rows=block[0]) for p in parts]
+    encoded = []
+    for i, part in enumerate(parts):
+        its = weights
+        if weights is not None and weights.dim() == 3:  # one for a group of rows
+            group = torch.arange(i * step, i * step + len(part), device=x.device) // (len(rows) // len(weights))
+            its = weights[group]
+        encoded.append(quantize_rows(part, global_scale, scale_rule=scale_rule, block_rows=block[0], weights=its))
     packed, scale = (torch.cat(tensors) for tensors in list(zip(*encoded, strict=True))[:2])
     return NVFP4(packed, scale, global_scale, x.shape, x.dtype, order, groups)
 
@@ -343,43 +313,10 @@ def excess_kurtosis(x: Tensor) -> float:
     return fourth * x.numel() / second**2 - 3
 
 
-def _search(blocks: Tensor, start: Tensor, global_scale: Tensor) -> Tensor:
-    """Blocks fp32 [..., 16], scales u8 [...] of "max" -> scales of the least squared error among `SEARCH`.
-
-    The lowest of equals. Magnitudes count in units of the scale of "max", up to 16, ±Inf as 0; a square is cut to a
-    multiple of 2**-19. So no magnitude overflows, and the order of a sum does not matter: the errors are integers.
-    """
-    unit = decode_e4m3(start)
-    x = (_finite_abs(blocks) / (unit * global_scale).unsqueeze(-1)).clamp(max=16.0)
-    best, least = start, torch.full_like(start, torch.iinfo(torch.int32).max, dtype=torch.int32)
-    for step in SEARCH:
-        tried = (start.int() + step).clamp(1, E4M3_NAN - 1).to(torch.uint8)
-        s = (decode_e4m3(tried) / unit).unsqueeze(-1)
-        square = (x - decode_e2m1(encode_e2m1(x / s)) * s).square()
-        error = (square * 2.0**19).int().sum(-1, dtype=torch.int32)
-        best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
-    return best
-
-
-def _check_rule(scale_rule: str, block_rows: int) -> None:
-    if scale_rule == "four_over_six":
-        raise PolicyError(f"scale_rule={scale_rule!r} is not available in this version; use 'max' or 'search'")
-    if scale_rule not in LARGEST_SCALE:
-        raise PolicyError(f"unknown scale_rule {scale_rule!r}; use scale_rule='max' or 'search'")
-    if block_rows not in (1, BLOCK):
-        raise PolicyError(f"a block has 1 or {BLOCK} rows, found block_rows={block_rows}")
-    if scale_rule == "search" and block_rows != 1:
-        raise PolicyError("scale_rule='search' chooses a scale per 16 values; a 16x16 block needs scale_rule='max'")
-
-
-def _finite_abs(x: Tensor) -> Tensor:
-    return x.nan_to_num(0.0, 0.0, 0.0).abs()
-
-
 def _amax(x: Tensor) -> Tensor:
     """Tensor float, any shape -> the greatest finite magnitude of each part of it, fp32 [P]."""
     parts = torch.split(x.detach().flatten(), CHUNK)
-    return torch.stack([pad(_finite_abs(part.float()), (0, 1)).amax() for part in parts])
+    return torch.stack([pad(finite_abs(part.float()), (0, 1)).amax() for part in parts])
 
 
 def _scale_of(amax: Tensor, scale_rule: str = "max") -> Tensor:

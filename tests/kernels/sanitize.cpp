@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
+#include <vector>
 
 #include "naive.h"
 
@@ -215,7 +216,7 @@ void codec(const Tier& tier, const Pool& pool, int64_t n, int64_t k, DType dtype
       float g = given, wanted_g = given;
       Buffer codes(n * blocks * 8), scales(n * blocks), wanted_codes(n * blocks * 8), wanted_scales(n * blocks);
       Quantize call = {x.as<void>(),        dtype, n, k, stride, ScaleRule::max, block_rows, &g, codes.as<uint8_t>(),
-                       scales.as<uint8_t>()};
+                       scales.as<uint8_t>(), nullptr, 1};
       tier.quantize(call, pool);
       Quantize plain = call;
       plain.global_scale = &wanted_g, plain.codes = wanted_codes.as<uint8_t>(),
@@ -224,9 +225,15 @@ void codec(const Tier& tier, const Pool& pool, int64_t n, int64_t k, DType dtype
       expect(g == wanted_g && !std::memcmp(codes.as<void>(), plain.codes, n * blocks * 8) &&
                  !std::memcmp(scales.as<void>(), plain.scales, n * blocks),
              tier, "quantize", n, k, block_rows, g, wanted_g);
-      if (block_rows == 1) {
-        call.rule = ScaleRule::search, g = given;
+      for (const ScaleRule rule : {ScaleRule::search, ScaleRule::four_over_six, ScaleRule::four_over_six_mae}) {
+        if (block_rows == 16 || !n) break;
+        const int64_t parts = n % 3 == 0 ? 3 : 1;
+        const std::vector<float> weights(parts * blocks * 16, 0.25f);
+        call.rule = rule, g = given;
         tier.quantize(call, pool);  // for the sanitizers alone
+        call.weights = weights.data(), call.weight_rows = n / parts, g = given;
+        tier.quantize(call, pool);
+        call.weights = nullptr;
       }
     }
   }

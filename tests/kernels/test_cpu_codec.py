@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fp4fx import nvfp4
+from fp4fx import nvfp4, scales
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (3, 15), (7, 16), (5, 33), (40, 100), (133, 256))
@@ -55,16 +55,33 @@ def same_bits(a, b):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rule", "block_rows"), [("max", 1), ("max", 16), ("search", 1)])
+@pytest.mark.parametrize(
+    ("rule", "block_rows"), [("max", 1), ("max", 16), ("search", 1), ("four_over_six", 1), ("four_over_six_mae", 1)]
+)
 def test_quantize_has_the_bits_of_the_definition(cpu_ops, tier, kind, dtype, rule, block_rows):
     torch.manual_seed(0)
     for n, k in SHAPES:
         x = kind(n, k).to(dtype)
         for g in (None, torch.tensor(0.37)):
             expected = nvfp4.quantize_rows(x, g, scale_rule=rule, block_rows=block_rows)
-            found = cpu_ops.quantize(x, g, "rows", 1, rule, block_rows, tier)
+            found = cpu_ops.quantize(x, g, "rows", 1, rule, block_rows, tier=tier)
             for name, a, b in zip(("codes", "scale", "global scale"), found, expected, strict=True):
                 assert torch.equal(a, b), f"{name} of {n}x{k}, global scale {g}"
+
+
+@pytest.mark.parametrize("rule", ["search", "four_over_six", "four_over_six_mae"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weighted_errors_have_the_bits_of_the_definition(cpu_ops, tier, kind, rule):
+    torch.manual_seed(0)
+    for n, k, parts in ((1, 1, 1), (6, 33, 3), (40, 100, 1), (12, 48, 4)):
+        x, importance = kind(n, k), torch.rand(parts, k).pow(4) * (torch.rand(parts, k) < 0.8)
+        expected = nvfp4.quantize(x, scale_rule=rule, importance=importance)
+        weights = scales.weights_of(importance, x)
+        packed, scale, g = cpu_ops.quantize(x, scale_rule=rule, weights=weights, tier=tier)
+        assert torch.equal(packed, expected.packed) and torch.equal(scale, expected.scale)
+        assert torch.equal(g, expected.global_scale)
+    with pytest.raises(ValueError, match="equal parts of 12; found Float"):
+        cpu_ops.quantize(x, scale_rule=rule, weights=weights[:, :2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -133,6 +150,7 @@ def test_threads_do_not_change_bits(cpu_ops, threads):
         assert torch.equal(a, b)
 
 
-def test_a_search_over_tiles_is_refused(cpu_ops):
-    with pytest.raises(ValueError, match="a 16x16 block needs 'max'"):
-        cpu_ops.quantize(torch.randn(16, 16), None, "rows", 1, "search", 16)
+@pytest.mark.parametrize("rule", ["search", "four_over_six", "four_over_six_mae"])
+def test_a_choice_of_scales_over_tiles_is_refused(cpu_ops, rule):
+    with pytest.raises(ValueError, match=f"'{rule}' chooses .* a 16x16 block needs 'max'"):
+        cpu_ops.quantize(torch.randn(16, 16), None, "rows", 1, rule, 16)

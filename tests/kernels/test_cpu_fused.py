@@ -33,8 +33,9 @@ X = torch.randn(3, 5, 32)
 
 
 @pytest.mark.parametrize("given", [None, torch.tensor(0.01)])
-def test_a_single_reader_quantizes_what_it_reads(cpu_ops, given):
-    assert quantizes(lambda x: product(x, quantize(x, given)), X) == (0, 1)
+@pytest.mark.parametrize("how", [(), ("rows", 1, "four_over_six"), ("rows", 1, "search", 1)])
+def test_a_single_reader_quantizes_what_it_reads(cpu_ops, given, how):
+    assert quantizes(lambda x: product(x, quantize(x, given, *how)), X) == (0, 1)
 
 
 def test_a_chain_too(cpu_ops):
@@ -79,7 +80,6 @@ def test_a_write_in_between_keeps_them_apart(cpu_ops):
 
 
 def test_what_is_quantized_otherwise_stays(cpu_ops):
-    assert quantizes(lambda x: product(x, quantize(x, None, "rows", 1, "search")), X) == (1, 0)
     assert quantizes(lambda x: product(x, quantize(x, None, "rows", 1, "max", 16)), X) == (1, 0)
     assert quantizes(lambda x: product(x, quantize(x), "int8"), X, tolerance=0.3) == (1, 0), "it reads a row twice"
     assert quantizes(lambda x: product(x, quantize(x), dtype=torch.bfloat16), X) == (1, 0)

@@ -113,9 +113,12 @@ def test_linear_takes_any_strides_and_leading_axes(tier):
     check("linear", tier, (misaligned, *apart, w[2], None, 40))
 
 
-@pytest.mark.parametrize("compute", ["bf16", "fp32", "int8"])
+@pytest.mark.parametrize(
+    ("rule", "compute"),
+    [("max", "bf16"), ("max", "fp32"), ("max", "int8"), ("four_over_six", "fp32"), ("search", "bf16")],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_quantizes_x_as_quantize_does(cpu_ops, tier, dtype, compute):
+def test_linear_quantizes_x_as_quantize_does(cpu_ops, tier, dtype, rule, compute):
     """The same bits by one op as by two, the encoding by the definition in Python."""
     for m, k, n in LINEAR:
         w, bias = packed((n, k)), torch.randn(n)
@@ -124,9 +127,9 @@ def test_linear_quantizes_x_as_quantize_does(cpu_ops, tier, dtype, compute):
         ruined = x.clone()
         ruined[0, 0], ruined[-1, -1] = float("nan"), float("-inf")
         for values, g in itertools.product((x.to(dtype), ruined.to(dtype)), (None, torch.tensor(0.37))):
-            codes, scales, used = nvfp4.quantize_rows(values, g)
+            codes, scales, used = nvfp4.quantize_rows(values, g, scale_rule=rule)
             two = cpu_ops.linear(codes, *w, bias, k, scales, used, dtype, compute=compute, tier=tier)
-            one = cpu_ops.linear(values, *w, bias, k, None, g, compute=compute, quantize_x=True, tier=tier)
+            one = cpu_ops.linear(values, *w, bias, k, None, g, compute=compute, quantize_x=rule, tier=tier)
             assert one.dtype == dtype and torch.equal(one.nan_to_num(1e9), two.nan_to_num(1e9)), (m, k, n, g)
     assert not torch.equal(one, cpu_ops.linear(values, *w, bias, k, compute=compute, tier=tier))
 
@@ -135,10 +138,12 @@ def test_what_quantizes_x_refuses(cpu_ops):
     x, w = torch.randn(3, 40), packed((5, 40))
     with pytest.raises(RuntimeError, match="quantize_x is for an x of values, found codes"):
         codes, scales, g = ops.quantize(x)
-        cpu_ops.linear(codes, *w, None, 40, scales, g, x.dtype, quantize_x=True)
+        cpu_ops.linear(codes, *w, None, 40, scales, g, x.dtype, quantize_x="max")
     with pytest.raises(ValueError, match="x_global_scale must be positive, is 0"):
-        cpu_ops.linear(x, *w, None, 40, None, torch.tensor(0.0), quantize_x=True)
-    opcheck(cpu_ops.linear.default, (x, *w, None, 40), {"quantize_x": True})
+        cpu_ops.linear(x, *w, None, 40, None, torch.tensor(0.0), quantize_x="max")
+    with pytest.raises(ValueError, match="unknown scale rule 'min'"):
+        cpu_ops.linear(x, *w, None, 40, quantize_x="min")
+    opcheck(cpu_ops.linear.default, (x, *w, None, 40), {"quantize_x": "four_over_six"})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,8 +1,8 @@
 """The ops `fp4fx_cpu::*`: loads the library that defines them, gives them fakes, and lets the codec's ops use them.
 
-They take the arguments of `fp4fx::<op>` and a last `tier`, '' for the best that the machine can run; `linear` takes a
-`quantize_x` before it (see `fused`). Nothing of this happens on import: compiling a graph builds the library,
-quantizing a model takes it if it is there.
+They take the arguments of `fp4fx::<op>` and a last `tier`, '' for the best that the machine can run; before it `linear`
+takes a `quantize_x` (see `fused`) and `quantize` the weights of errors. Nothing of this happens on import: compiling a
+graph builds the library, quantizing a model takes it if it is there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fp4fx import nvfp4, ops
 from fp4fx.errors import KernelError
 from fp4fx.kernels.cpu import build as builder
 from fp4fx.ops.library import LIBRARY, Body
+from fp4fx.scales import check_rule, weights_of
 from fp4fx.site import Order
 
 log = logging.getLogger(__name__)
@@ -60,13 +61,13 @@ def _load(build: bool) -> None:
 
 
 def _fake(name: str) -> Body:
-    """The op's fake is that of `fp4fx::<name>`, which has all its arguments but `quantize_x` and the tier."""
+    """The op's fake is that of `fp4fx::<name>`, which has all its arguments but those of the CPU."""
     takes = [argument.name for argument in getattr(torch.ops.fp4fx_cpu, name).default._schema.arguments]
     body = getattr(torch.ops.fp4fx, name).default
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(takes, args, strict=False)), **kwargs}
-        for extra in ("quantize_x", "tier"):
+        for extra in ("quantize_x", "weights", "tier"):
             given.pop(extra, None)
         return body(**given)
 
@@ -80,7 +81,7 @@ def _encode(
     rows: Tensor, global_scale: Tensor | None = None, *, scale_rule: str = "max", block_rows: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `nvfp4.quantize_rows`, which also has the words for what cannot be."""
-    if rows.dtype not in DTYPES or scale_rule not in ("max", "search") or block_rows not in (1, nvfp4.BLOCK):
+    if rows.dtype not in DTYPES or scale_rule not in nvfp4.LARGEST_SCALE or block_rows not in (1, nvfp4.BLOCK):
         return nvfp4.quantize_rows(rows, global_scale, scale_rule=scale_rule, block_rows=block_rows)
     parts: tuple[Tensor, Tensor, Tensor] = torch.ops.fp4fx_cpu.quantize.default(
         rows.detach(), global_scale, "rows", 1, scale_rule, block_rows
@@ -112,12 +113,19 @@ def quantize(
     block: tuple[int, int] = (1, nvfp4.BLOCK),
     order: Order = "rows",
     groups: int = 1,
+    importance: Tensor | None = None,
 ) -> nvfp4.NVFP4:
     """`nvfp4.quantize`, by the kernel if x is on the CPU and the library is in the cache."""
     fits = (
         x.device.type == "cpu" and x.dtype in DTYPES and tuple(block) in ((1, nvfp4.BLOCK), (nvfp4.BLOCK, nvfp4.BLOCK))
     )
     if not fits or load(build=False) is not None:
-        return nvfp4.quantize(x, scale_rule=scale_rule, block=block, order=order, groups=groups)
-    packed, scale, used = torch.ops.fp4fx.quantize.default(x, None, order, groups, scale_rule, block[0])
+        return nvfp4.quantize(x, scale_rule=scale_rule, block=block, order=order, groups=groups, importance=importance)
+    if importance is None:
+        packed, scale, used = torch.ops.fp4fx.quantize.default(x, None, order, groups, scale_rule, block[0])
+    else:
+        check_rule(scale_rule, block[0], weighted=True)
+        rows = nvfp4.to_rows(x.detach(), order, groups)
+        weights = weights_of(importance, rows)
+        packed, scale, used = torch.ops.fp4fx_cpu.quantize.default(rows, scale_rule=scale_rule, weights=weights)
     return nvfp4.NVFP4(packed, scale, used, x.shape, x.dtype, order, groups)

@@ -18,6 +18,7 @@ from fp4fx.kernels.triton import tuning
 from fp4fx.kernels.triton.quantize_kernels import amax_kernel, quantize_kernel
 from fp4fx.kernels.triton.swizzle import padded
 from fp4fx.kernels.triton.variant import EXACT, NO_FMA, Variant
+from fp4fx.scales import LARGEST_SCALE, check_rule
 from fp4fx.site import Order
 
 LONGEST = 2**31 - 2**13
@@ -30,8 +31,8 @@ _PARTS = 1024
 
 def refuse_quantize(scale_rule: str) -> str | None:
     """Why the kernel does not quantize by this rule, in one line, or None."""
-    if scale_rule not in nvfp4.LARGEST_SCALE:
-        return f"the kernel has the scale rules {', '.join(map(repr, nvfp4.LARGEST_SCALE))}, found {scale_rule!r}"
+    if scale_rule not in LARGEST_SCALE:
+        return f"the kernel has the scale rules {', '.join(map(repr, LARGEST_SCALE))}, found {scale_rule!r}"
     return None
 
 
@@ -104,10 +105,7 @@ def _quantize(
     """Rows [..., K], K not 0."""
     if not x.is_floating_point():
         raise LayoutError(f"only floating-point values can be quantized, found {x.dtype}; convert them first")
-    if block_rows not in (1, nvfp4.BLOCK):
-        raise PolicyError(f"a block has 1 or {nvfp4.BLOCK} rows, found block_rows={block_rows}")
-    if scale_rule == "search" and block_rows != 1:
-        raise PolicyError("scale_rule='search' chooses a scale per 16 values; a 16x16 block needs scale_rule='max'")
+    check_rule(scale_rule, block_rows)
     if global_scale is not None and (global_scale.dim() or global_scale.dtype != torch.float32):
         found = f"{global_scale.dtype} of shape {tuple(global_scale.shape)}"
         raise LayoutError(f"global_scale must be one fp32 value of shape (), found {found}")
@@ -121,7 +119,7 @@ def _quantize(
     matrix = None if hadamard is None else hadamard.contiguous()
     with torch.cuda.device_of(x):  # a kernel is launched on the current one
         if global_scale is None:
-            used = given = _global_scale(rows, matrix, nvfp4.E2M1_MAX * nvfp4.LARGEST_SCALE[scale_rule])
+            used = given = _global_scale(rows, matrix, nvfp4.E2M1_MAX * LARGEST_SCALE[scale_rule])
         else:
             used, given = torch.empty_like(global_scale), global_scale
         if m == 0:
@@ -134,7 +132,7 @@ def _quantize(
         quantize_kernel[(m // last * triton.cdiv(last, t["ROWS"]) * columns,)](
             rows, given, given if matrix is None else matrix, packed, scale, used, packed if seed is None else seed,
             last, k, rows.stride(0) // 16 if whole else rows.stride(0), columns, blocks, TALL=tall, WHOLE=whole,
-            SEARCH=scale_rule == "search", HADAMARD=matrix is not None, STOCHASTIC=seed is not None,
+            RULE=scale_rule, HADAMARD=matrix is not None, STOCHASTIC=seed is not None,
             SWIZZLED=swizzled, COPY=global_scale is not None, **EXACT, **t,
         )  # fmt: skip
     return packed, scale, used
@@ -190,7 +188,8 @@ def tile_of(op: str, m: int, k: int, family: str, least: int = 1) -> dict[str, A
 
 # --- for ahead-of-time compilation ------------------------------------------------------------------------------------
 
-_OPTIONS = ("TALL", "SEARCH", "HADAMARD", "STOCHASTIC", "SWIZZLED")
+_OPTIONS = ("TALL", "HADAMARD", "STOCHASTIC", "SWIZZLED")
+_RULES = tuple(rule.upper() for rule in LARGEST_SCALE if rule != "max")
 
 
 def variants() -> Iterator[Variant]:
@@ -200,7 +199,7 @@ def variants() -> Iterator[Variant]:
         for m, k in ((1, 4096), (4096, 64), (4096, 4096)):
             plain, tall = (tile_of("quantize", m, k, f"sm_{target}", least) for least in (1, 16))
             cases = [(plain, x, whole, "") for x in ("bf16", "fp16", "fp32") for whole in (True, False)]
-            cases += [(plain, "bf16", True, option) for option in _OPTIONS[1:]] + [(tall, "bf16", True, "TALL")]
+            cases += [(tall if o == "TALL" else plain, "bf16", True, o) for o in (*_OPTIONS, *_RULES)]
             for shape, x, whole, option in cases:
                 tile = f"{x}-{shape['ROWS']}x{16 * shape['BLOCKS']}" + ("" if whole else "-ragged")
                 kernels = [("quantize", quantize_kernel)] + [("amax", amax_kernel)] * (option in ("", "HADAMARD"))
@@ -216,8 +215,10 @@ def _variant(
 ) -> Variant:
     types = {"x_ptr": f"*{x}", "packed_ptr": "*u8", "scale_ptr": "*u8", "seed_ptr": "*i64", "limit": "fp32"}
     types |= dict.fromkeys(("global_ptr", "hadamard_ptr", "used_ptr", "out_ptr"), "*fp32")
-    flags = dict.fromkeys(_OPTIONS, False) | {"COPY": False, "LAST": False, "WHOLE": whole} | shape
-    if option:
+    flags = dict.fromkeys(_OPTIONS, False) | {"COPY": False, "LAST": False, "WHOLE": whole, "RULE": "max"} | shape
+    if option in _RULES:
+        flags["RULE"] = option.lower()
+    elif option:
         flags[option] = True
     constants = {a: flags[a] for a in kernel.arg_names if a in flags}
     signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in kernel.arg_names}

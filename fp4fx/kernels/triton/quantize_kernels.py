@@ -102,28 +102,38 @@ def _stochastic_e2m1(x, random):
 
 
 @triton.jit
-def _search(even, odd, start, g):
-    """Halves fp32 [R, B, 8], scales i32 [R, B] of "max" -> those of "search", as `nvfp4._search` finds them."""
+def _least(even, odd, start, s, g, RULE: tl.constexpr):
+    """Halves fp32 [R, B, 8], scales of "max" i32 [R, B] and unrounded -> those of the rule, as `scales` finds them."""
     unit = decode_e4m3(start)
     whole = (unit * g)[:, :, None]
     even = tl.minimum(tl.div_rn(_finite_abs(even), whole), 16.0)
     odd = tl.minimum(tl.div_rn(_finite_abs(odd), whole), 16.0)
     best = start
     least = tl.full(start.shape, 0x7FFFFFFF, tl.int32)
-    for step in range(-3, 8):
-        tried = tl.minimum(tl.maximum(start + step, 1), 0x7E)
-        s = tl.div_rn(decode_e4m3(tried), unit)[:, :, None]
-        error = tl.sum(_square_error(even, s) + _square_error(odd, s), 2)
-        best = tl.where(error < least, tried, best)
-        least = tl.minimum(error, least)
+    if RULE == "search":
+        for step in range(-3, 8):
+            tried = tl.minimum(tl.maximum(start + step, 1), 0x7E)
+            best, least = _better(even, odd, tried, unit, best, least, RULE)
+    else:
+        best, least = _better(even, odd, start, unit, best, least, RULE)
+        best, least = _better(even, odd, encode_e4m3(s * 1.5).to(tl.int32), unit, best, least, RULE)
     return best
 
 
 @triton.jit
-def _square_error(x, s):
-    """Magnitudes fp32 in steps of s -> the squared error of their codes in units of 2**-19, i32."""
+def _better(even, odd, tried, unit, best, least, RULE: tl.constexpr):
+    """The scales tried where their error is less, the best so far elsewhere, and the errors of what is taken."""
+    s = tl.div_rn(decode_e4m3(tried), unit)[:, :, None]
+    error = tl.sum(_error(even, s, RULE) + _error(odd, s, RULE), 2)
+    return tl.where(error < least, tried, best), tl.minimum(error, least)
+
+
+@triton.jit
+def _error(x, s, RULE: tl.constexpr):
+    """Magnitudes fp32 in steps of s -> the error of their codes in units of 2**-19, squared or not, i32."""
     difference = x - decode_e2m1(encode_e2m1(tl.div_rn(x, s))) * s
-    return (difference * difference * 524288.0).to(tl.int32)
+    error = tl.abs(difference) if RULE == "four_over_six_mae" else difference * difference
+    return (error * 524288.0).to(tl.int32)
 
 
 @triton.jit
@@ -157,9 +167,11 @@ def amax_kernel(x_ptr, hadamard_ptr, out_ptr, rows, k, stride, columns, tiles, l
 @triton.jit
 def quantize_kernel(x_ptr, global_ptr, hadamard_ptr, packed_ptr, scale_ptr, used_ptr, seed_ptr, rows, k, stride,
                     columns, blocks, ROWS: tl.constexpr, BLOCKS: tl.constexpr, TALL: tl.constexpr, WHOLE: tl.constexpr,
-                     SEARCH: tl.constexpr, HADAMARD: tl.constexpr, STOCHASTIC: tl.constexpr, SWIZZLED: tl.constexpr,
+                     RULE: tl.constexpr, HADAMARD: tl.constexpr, STOCHASTIC: tl.constexpr, SWIZZLED: tl.constexpr,
                      COPY: tl.constexpr):  # fmt: skip
     """One tile of x -> its packed codes and scales. TALL: a scale is that of 16 rows; COPY: also the global scale.
+
+    RULE: the scale rule.
 
     The seed, i64 [], is read with STOCHASTIC.
     """
@@ -181,8 +193,8 @@ def quantize_kernel(x_ptr, global_ptr, hadamard_ptr, packed_ptr, scale_ptr, used
     s = tl.minimum(tl.maximum(s, 0.001953125), 448.0)
     scale = encode_e4m3(tl.where(most == 0, 1.0, s)).to(tl.int32)
     scale = tl.where(most > _INFINITY, 0x7F, scale)
-    if SEARCH:
-        scale = tl.where((most == 0) | (most > _INFINITY), scale, _search(even, odd, scale, g))
+    if RULE != "max":
+        scale = tl.where((most == 0) | (most > _INFINITY), scale, _least(even, odd, scale, s, g, RULE))
 
     step = (decode_e4m3(scale) * g)[:, :, None]
     even, odd = tl.div_rn(even, step), tl.div_rn(odd, step)

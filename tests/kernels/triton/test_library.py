@@ -33,7 +33,7 @@ def request(**changes):
         ({"target": Target("cuda", "an old card", frozenset({"sm_75"}))}, "an old card (sm_75)"),
         ({"op": "conv", "groups": 64}, "group"),
         ({"op": "conv", "padding": (-1, 0)}, "negative padding"),
-        ({"op": "quantize", "scale_rule": "four_over_six"}, "four_over_six"),
+        ({"op": "quantize", "scale_rule": "min"}, "found 'min'"),
     ],
 )
 def test_what_is_refused(changes, reason):

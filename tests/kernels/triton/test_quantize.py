@@ -40,11 +40,12 @@ def test_bits_of_the_definition(device, kind, dtype, block_rows):
         check(quantize(x, g, block_rows=block_rows), nvfp4.quantize_rows(x, g, block_rows=block_rows), f"{n}x{k}")
 
 
+@pytest.mark.parametrize("rule", ["search", "four_over_six", "four_over_six_mae"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bits_of_the_scale_search(device, kind):
+def test_bits_of_the_choice_of_scales(device, kind, rule):
     for n, k, g in ((3, 15, None), (12, 32, None), (2, 33, torch.tensor(0.37, device=device))):
         x = kind(n, k).to(device)
-        check(quantize(x, g, scale_rule="search"), nvfp4.quantize_rows(x, g, scale_rule="search"), f"{n}x{k}")
+        check(quantize(x, g, scale_rule=rule), nvfp4.quantize_rows(x, g, scale_rule=rule), f"{n}x{k}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,10 +119,10 @@ def test_kernels_are_launched_on_the_device_of_x(device, monkeypatch):
 
 def test_refusals(device):
     x = torch.randn(2, 16, device=device)
-    assert refuse_quantize("max") is refuse_quantize("search") is None
-    assert "four_over_six" in refuse_quantize("four_over_six")
-    with pytest.raises(PolicyError, match="four_over_six"):
-        quantize(x, scale_rule="four_over_six")
+    assert all(refuse_quantize(rule) is None for rule in ("max", "search", "four_over_six", "four_over_six_mae"))
+    assert "'four_over_six_mae', found 'min'" in refuse_quantize("min")
+    with pytest.raises(PolicyError, match="found 'min'"):
+        quantize(x, scale_rule="min")
     with pytest.raises(PolicyError, match="block_rows=4"):
         quantize(x, block_rows=4)
     with pytest.raises(PolicyError, match="needs scale_rule='max'"):
@@ -255,4 +256,5 @@ def test_stochastic_error_is_that_of_the_method(device):
 
 
 def test_compiles_ahead_of_time():
-    compile_variants("quantize", ("amax-bf16-8x512", "quantize-bf16-8x512-stochastic", "quantize-bf16-8x512-search"))
+    options = ("stochastic", "search", "four_over_six")
+    compile_variants("quantize", ("amax-bf16-8x512", *(f"quantize-bf16-8x512-{option}" for option in options)))

@@ -13,6 +13,9 @@ constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 // Precision of the operands; sums are fp32 throughout.
 enum class Compute : int32_t { bf16, fp32, int8 };
 
+// How the scale of a block is chosen, as fp4fx/scales.py says.
+enum class ScaleRule : int32_t { max, search, four_over_six, four_over_six_mae };
+
 enum class Activation : int32_t { none, relu, relu6, silu, gelu, gelu_tanh, hardswish, hardsigmoid, sigmoid };
 
 // What a caller's thread pool does: body(context, begin, end) over [0, count) in pieces, in any order, all done on return.
@@ -53,6 +56,7 @@ struct Linear {
   Compute compute;
   void* y;
   float quantize_x;  // not 0: x is read as codes and scales that this global scale, a factor of w's, would give
+  ScaleRule x_rule;  // by this rule
 };
 
 // Convolution over up to three spatial axes, missing ones of size 1 in front. x and y are channels-last and contiguous:
@@ -88,10 +92,10 @@ struct Dequantize {
   void* y;
 };
 
-enum class ScaleRule : int32_t { max, search };
 
 // Rows x [n, k], `x_stride` elements apart, to codes and scales. global_scale is given (0: to be found first and
-// written); block_rows is 1 or 16, and 1 for `search`. Without codes, only the global scale is found.
+// written); block_rows is 1 or 16, and 16 for `max` alone. Without codes, only the global scale is found. Weights, if not
+// null, are factors of the errors that a rule compares: a row of whole blocks, contiguous, for every `weight_rows` of x.
 struct Quantize {
   const void* x;
   DType dtype;
@@ -101,6 +105,8 @@ struct Quantize {
   float* global_scale;
   uint8_t* codes;
   uint8_t* scales;
+  const float* weights;
+  int64_t weight_rows;
 };
 
 // One implementation for one instruction set. Everything is safe to call from several threads at once.

@@ -69,6 +69,10 @@ fp4fx::Compute compute_of(std::string_view name) {
   return named<fp4fx::Compute, 3>(name, "compute", {"bf16", "fp32", "int8"});
 }
 
+fp4fx::ScaleRule scale_rule_of(std::string_view name) {
+  return named<fp4fx::ScaleRule, 4>(name, "scale rule", {"max", "search", "four_over_six", "four_over_six_mae"});
+}
+
 fp4fx::Activation activation_of(std::string_view name) {
   return named<fp4fx::Activation, 9>(
       name, "activation",
@@ -205,10 +209,11 @@ std::optional<int64_t> row_stride(const Tensor& x) {
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& global_scale, const Maybe& bias,
               int64_t in_features, const Maybe& x_scale, const Maybe& x_global_scale, std::optional<ScalarType> dtype,
               const Maybe& channel_scale, const Maybe& residual, std::string_view activation, std::string_view compute,
-              bool quantize_x, std::string_view tier) {
+              std::string_view quantize_x, std::string_view tier) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Rows weight = weight_of(packed, scale, global_scale, in_features);
-  TORCH_CHECK(!quantize_x || !x_scale, "fp4fx_cpu: quantize_x is for an x of values, found codes");
+  TORCH_CHECK(quantize_x.empty() || !x_scale, "fp4fx_cpu: quantize_x is for an x of values, found codes");
+  const fp4fx::ScaleRule x_rule = quantize_x.empty() ? fp4fx::ScaleRule::max : scale_rule_of(quantize_x);
   Input input(x, x_scale, x_global_scale, dtype, in_features);
   TORCH_CHECK(x.dim() >= 1, "fp4fx_cpu: x has no axis");
   TORCH_CHECK(x_scale || x.size(-1) == in_features, "fp4fx_cpu: x has ", x.size(-1),
@@ -226,18 +231,19 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const 
   }
   fp4fx::Packed w = weight.view;
   float g = 0;  // which asks for a scale to be found
-  if (quantize_x) {
+  if (!quantize_x.empty()) {
     if (x_global_scale) g = scalar_of(*x_global_scale, "x_global_scale");
     TORCH_CHECK_VALUE(!x_global_scale || g != 0, "fp4fx_cpu: x_global_scale must be positive, is 0");
     if (g == 0) {
-      chosen.quantize({input.x.const_data_ptr(), input.x_dtype, product(lead), in_features, *stride, fp4fx::ScaleRule::max,
-                       1, &g, nullptr, nullptr},
+      chosen.quantize({input.x.const_data_ptr(), input.x_dtype, product(lead), in_features, *stride, x_rule, 1, &g,
+                       nullptr, nullptr, nullptr, 1},
                       pool());
     }
     w.global_scale *= g;
   }
   chosen.linear({input.x.const_data_ptr(), input.scales(), input.global_scale(), input.x_dtype, input.y_dtype,
-                 product(lead), *stride, w, epilogue.view, precision, y.mutable_data_ptr(), g},
+                 product(lead), *stride, w, epilogue.view, precision, y.mutable_data_ptr(), g,
+                 x_rule},
                 pool());
   return y;
 }
@@ -448,12 +454,13 @@ Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& globa
 
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, const Maybe& global_scale, std::string_view order,
                                             int64_t groups, std::string_view scale_rule, int64_t block_rows,
-                                            std::string_view tier) {
+                                            const Maybe& weights, std::string_view tier) {
   at::AutoDispatchBelowADInplaceOrView guard;
   TORCH_CHECK(x.is_cpu(), "fp4fx_cpu: x must be on the CPU, is on ", x.device());
   TORCH_CHECK_VALUE(block_rows == 1 || block_rows == 16, "fp4fx_cpu: a block has 1 row or 16, found ", block_rows);
-  TORCH_CHECK_VALUE(scale_rule != "search" || block_rows == 1,
-                    "fp4fx_cpu: scale_rule='search' chooses a scale per 16 values; a 16x16 block needs 'max'");
+  const fp4fx::ScaleRule rule = scale_rule_of(scale_rule);
+  TORCH_CHECK_VALUE(rule == fp4fx::ScaleRule::max || block_rows == 1, "fp4fx_cpu: scale_rule='", scale_rule,
+                    "' chooses a scale per 16 values; a 16x16 block needs 'max'");
   const Order layout = order_of(order);
   const int64_t k = row_length(x.sizes(), layout, groups), blocks = blocks_of(k);
   Tensor rows = to_rows(x, layout, groups, k);
@@ -476,11 +483,24 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, const Maybe& global
                            product(lead),
                            k,
                            *stride,
-                           named<fp4fx::ScaleRule, 2>(scale_rule, "scale rule", {"max", "search"}),
+                           rule,
                            static_cast<int>(block_rows),
                            g,
                            codes.mutable_data_ptr<uint8_t>(),
-                           scales.mutable_data_ptr<uint8_t>()};
+                           scales.mutable_data_ptr<uint8_t>(),
+                           nullptr,
+                           1};
+  Tensor factors;
+  if (weights) {
+    factors = weights->contiguous();
+    const int64_t parts = factors.numel() / (16 * blocks);
+    TORCH_CHECK_VALUE(factors.is_cpu() && factors.scalar_type() == at::kFloat && parts > 0 &&
+                          factors.numel() == parts * 16 * blocks && whole.n % parts == 0,
+                      "fp4fx_cpu: weights must be fp32 blocks [", blocks, ", 16] on the CPU, for all rows or for equal "
+                      "parts of ", whole.n, "; found ", weights->scalar_type(), ' ', weights->sizes());
+    whole.weights = factors.const_data_ptr<float>();
+    whole.weight_rows = std::max<int64_t>(whole.n / parts, 1);
+  }
   const fp4fx::Tier& chosen = tier_of(tier);
   const int64_t height = lead.empty() ? 1 : lead.back();
   if (block_rows == 1 || height % 16 == 0 || whole.n <= height) {
@@ -512,13 +532,14 @@ std::vector<std::string> tier_names() {
 
 }  // namespace
 
-// The arguments of fp4fx::<op>, then the tier: '' is the best that this machine can run. With quantize_x, linear reads
-// x as what fp4fx::quantize makes of it, by x_global_scale if that is given.
+// The arguments of fp4fx::<op>, then the tier: '' is the best that this machine can run. With quantize_x, a scale rule,
+// linear reads x as what fp4fx::quantize makes of it, by x_global_scale if that is given. The weights of quantize are
+// those of nvfp4.quantize_rows.
 TORCH_LIBRARY(fp4fx_cpu, m) {
   m.def(
       "linear(Tensor x, Tensor packed, Tensor scale, Tensor global_scale, Tensor? bias, SymInt in_features,"
       " Tensor? x_scale=None, Tensor? x_global_scale=None, ScalarType? dtype=None, Tensor? channel_scale=None,"
-      " Tensor? residual=None, str activation='none', str compute='bf16', bool quantize_x=False,"
+      " Tensor? residual=None, str activation='none', str compute='bf16', str quantize_x='',"
       " str tier='') -> Tensor");
   m.def(
       "conv(Tensor x, Tensor packed, Tensor scale, Tensor global_scale, Tensor? bias, SymInt in_channels, int[] "
@@ -541,7 +562,7 @@ TORCH_LIBRARY(fp4fx_cpu, m) {
       " SymInt groups=1, str compute='bf16', str tier='') -> Tensor");
   m.def(
       "quantize(Tensor x, Tensor? global_scale=None, str order='rows', SymInt groups=1, str scale_rule='max',"
-      " int block_rows=1, str tier='') -> (Tensor packed, Tensor scale, Tensor global_scale)");
+      " int block_rows=1, Tensor? weights=None, str tier='') -> (Tensor packed, Tensor scale, Tensor global_scale)");
   m.def("tiers() -> str[]", &tier_names);
 }
 

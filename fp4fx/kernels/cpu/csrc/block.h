@@ -124,24 +124,50 @@ struct Block {
     return result;
   }
 
-  // Sum of (x - code * scale)^2, each a whole number of 2^-19.
-  FP4FX_INLINE int32_t error(const Block& b, float scale) {
+  // Sum of weight * (x - code * scale)^2, or of magnitudes instead of squares, each a whole number of 2^-19.
+  FP4FX_INLINE int32_t error(const Block& b, float scale, bool squared, const Block& weights) {
     vi codes[kParts], sum = vi{};
     encode(b, scale, codes);
     for (int p = 0; p < kParts; ++p) {
       const vf d = b.v[p] - rounded(e2m1(codes[p]) * scale);
-      sum += __builtin_convertvector(d * d * 0x1p19f, vi);
+      sum += __builtin_convertvector((squared ? d * d : magnitude(d)) * weights.v[p] * 0x1p19f, vi);
     }
     return total(sum);
   }
 };
 
-// The scale byte of a block under the rule "max".
-FP4FX_INLINE uint8_t scale_of(float amax, bool poisoned, float global_scale) {
+// The byte of least error, the first of equals; `start` is s rounded.
+static uint8_t best_scale(const Block& b, ScaleRule rule, float s, uint8_t start, float global_scale,
+                          const float* weights) {
+  uint8_t best = start;
+  int32_t least = INT32_MAX;
+  const float unit = e4m3(start);
+  const bool squared = rule != ScaleRule::four_over_six_mae;
+  const Block x = Block::in_units(b, unit * global_scale);
+  Block factors;
+  for (int p = 0; p < kParts; ++p) factors.v[p] = weights ? load(weights + p * kLanes) : splat(1);
+  const auto consider = [&](int candidate) {
+    const int32_t error = Block::error(x, e4m3((uint8_t)candidate) / unit, squared, factors);
+    if (error < least) least = error, best = (uint8_t)candidate;
+  };
+  if (rule == ScaleRule::search) {
+    for (int byte = start > 3 ? start - 3 : 1; byte <= start + 7 && byte < 0x7f; ++byte) consider(byte);
+  } else {
+    consider(start);
+    consider(to_e4m3(s * 1.5f));
+  }
+  return best;
+}
+
+// The scale byte of a block with this greatest magnitude; weights of its errors, or null.
+FP4FX_INLINE uint8_t scale_of(const Block& b, ScaleRule rule, float amax, bool poisoned, float global_scale,
+                              const float* weights) {
   if (poisoned) return 0x7f;
   if (amax == 0) return 0x38;  // 1
-  const float s = amax / (6.f * global_scale);
-  return to_e4m3(s < 0x1p-9f ? 0x1p-9f : s > 448.f ? 448.f : s);
+  float s = amax / (6.f * global_scale);
+  s = s < 0x1p-9f ? 0x1p-9f : s > 448.f ? 448.f : s;
+  const uint8_t start = to_e4m3(s);
+  return rule == ScaleRule::max ? start : best_scale(b, rule, s, start, global_scale, weights);
 }
 
 }  // namespace FP4FX_TIER

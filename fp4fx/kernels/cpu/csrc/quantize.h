@@ -17,19 +17,6 @@ FP4FX_INLINE Block block_of(const Quantize& q, int64_t row, int64_t block) {
   return result;
 }
 
-// The byte of least error from 3 below to 7 above that of "max"; the lowest of equals.
-static uint8_t search(const Block& b, uint8_t start, float global_scale) {
-  uint8_t best = start;
-  int32_t least = INT32_MAX;
-  const float unit = e4m3(start);
-  const Block x = Block::in_units(b, unit * global_scale);
-  for (int candidate = start > 3 ? start - 3 : 1; candidate <= start + 7 && candidate < 0x7f; ++candidate) {
-    const int32_t error = Block::error(x, e4m3((uint8_t)candidate) / unit);
-    if (error < least) least = error, best = (uint8_t)candidate;
-  }
-  return best;
-}
-
 static float find_global_scale(const Quantize& q, const Pool& pool) {
   const int64_t pieces = pieces_of(q.n, q.k, pool);
   Scratch memory(pieces * 4);
@@ -47,7 +34,7 @@ static float find_global_scale(const Quantize& q, const Pool& pool) {
   float amax = 0;
   for (int64_t piece = 0; piece < pieces; ++piece) amax = most[piece] > amax ? most[piece] : amax;
   if (amax == 0) return 1;
-  const float g = amax / (q.rule == ScaleRule::search ? 6.f * 256.f : 6.f * 448.f);
+  const float g = amax / (q.rule == ScaleRule::max ? 6.f * 448.f : 6.f * 256.f);
   return g < 0x1p-126f ? 0x1p-126f : g;
 }
 
@@ -67,9 +54,8 @@ static void quantize(const Quantize& q, const Pool& pool) {
           const float found = Block::amax(block_of(q, row, block), poisoned);
           amax = found > amax ? found : amax;
         }
-        uint8_t byte = scale_of(amax, poisoned, g);
-        if (q.rule == ScaleRule::search && !poisoned && amax > 0)
-          byte = search(block_of(q, row0, block), byte, g);
+        const float* weights = q.weights ? q.weights + (row0 / q.weight_rows * blocks + block) * 16 : nullptr;
+        const uint8_t byte = scale_of(block_of(q, row0, block), q.rule, amax, poisoned, g, weights);
         const float scale = e4m3(byte) * g;
         for (int64_t row = row0; row < row1; ++row) {
           vi codes[kParts];

@@ -14,9 +14,12 @@ struct Rows {
   DType dtype;
   int64_t stride, count;
   float quantize;  // not 0: values are rounded to NVFP4 with this global scale, and become multiples of it
+  ScaleRule rule;  // by which they are
 };
 
-FP4FX_INLINE Rows rows_of(const Linear& a) { return {a.x, a.x_scales, a.x_dtype, a.x_stride, a.w.k, a.quantize_x}; }
+FP4FX_INLINE Rows rows_of(const Linear& a) {
+  return {a.x, a.x_scales, a.x_dtype, a.x_stride, a.w.k, a.quantize_x, a.x_rule};
+}
 
 // kLanes values of the codes at p.
 FP4FX_INLINE vf values(const uint8_t* p) {
@@ -31,12 +34,12 @@ FP4FX_INLINE vf values(const uint8_t* p) {
 }
 
 // A block of values to what its codes and scale say.
-FP4FX_INLINE void quantize_block(float* values, float global_scale) {
+FP4FX_INLINE void quantize_block(float* values, float global_scale, ScaleRule rule) {
   Block block;
   for (int p = 0; p < kParts; ++p) block.v[p] = load(values + p * kLanes);
   bool poisoned = false;
   const float amax = Block::amax(block, poisoned);
-  const float unit = e4m3(scale_of(amax, poisoned, global_scale));
+  const float unit = e4m3(scale_of(block, rule, amax, poisoned, global_scale, nullptr));
   vi codes[kParts];
   Block::encode(block, unit * global_scale, codes);
   for (int p = 0; p < kParts; ++p) store(values + p * kLanes, e2m1(codes[p]) * unit);
@@ -60,7 +63,7 @@ static void read_row(const Rows& r, int64_t row, float* out, int64_t padded) {
   }
   for (; i < padded; ++i) out[i] = 0;
   if (r.quantize != 0)
-    for (i = 0; i < r.count; i += 16) quantize_block(out + i, r.quantize);
+    for (i = 0; i < r.count; i += 16) quantize_block(out + i, r.quantize, r.rule);
 }
 
 // Values as operands of Op, `count` of them.
