@@ -54,6 +54,8 @@ class Packed(nn.Module):
 
     nvfp4: dict[str, PackedSpec]
     nvfp4_activations: Activations
+    nvfp4_activation_rule: str = "max"
+    """How the scales of a quantized input are chosen."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move like any module, but keep the fp32 of global scales and let the computed dtype follow casts."""
@@ -130,7 +132,8 @@ class Packed(nn.Module):
     def extra_repr(self) -> str:
         """The class's own description and what is packed."""
         packed = [f"{name}=NVFP4{list(spec.shape)}" for name, spec in self.nvfp4.items()]
-        quantized = [f"activations={self.nvfp4_activations}"] if self.nvfp4_activations else []
+        rule = f" {self.nvfp4_activation_rule}" * (self.nvfp4_activation_rule != "max")
+        quantized = [f"activations={self.nvfp4_activations}{rule}"] if self.nvfp4_activations else []
         return ", ".join(filter(None, [super().extra_repr(), *packed, *quantized]))
 
 
@@ -181,11 +184,11 @@ def _quantizing_forward(base: type[nn.Module]) -> Callable[..., Any]:
     order = "channels" if rank else "rows"
 
     def forward(self: Packed, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002  (the base's name for it)
-        scale = self._buffers.get(INPUT_SCALE)
+        how = self._buffers.get(INPUT_SCALE), order, 1, self.nvfp4_activation_rule
         if rank and input.dim() == rank + 1:  # a convolution without a batch axis
-            x = torch.ops.fp4fx.fake_quantize.default(input.unsqueeze(0), scale, order).squeeze(0)
+            x = torch.ops.fp4fx.fake_quantize.default(input.unsqueeze(0), *how).squeeze(0)
         else:
-            x = torch.ops.fp4fx.fake_quantize.default(input, scale, order)
+            x = torch.ops.fp4fx.fake_quantize.default(input, *how)
         return base.forward(self, x, *args, **kwargs)
 
     return forward
@@ -253,13 +256,15 @@ def pack(
     stored: Mapping[str, tuple[nvfp4.NVFP4, PackedSpec]],
     activations: Activations = None,
     input_scale: Tensor | None = None,
+    activation_rule: str = "max",
 ) -> None:
     """Turn `module` in place into its packed class; `input_scale` is the static scale of its activations, if any.
 
     Raises:
         PlanError: the module already has an attribute of a name that a buffer needs.
     """
-    needed = ["nvfp4", "nvfp4_activations", *(f"{name}_{part}" for name in stored for part in PARTS)]
+    own = ("nvfp4", "nvfp4_activations", "nvfp4_activation_rule")
+    needed = [*own, *(f"{name}_{part}" for name in stored for part in PARTS)]
     for name in needed if input_scale is None else [*needed, INPUT_SCALE]:
         if hasattr(module, name):
             found = f"{type(module).__name__} already has an attribute {name!r}"
@@ -267,6 +272,7 @@ def pack(
     module.__class__ = class_for(type(module), tuple(stored), activations is not None)
     module.__dict__["nvfp4"] = {name: spec for name, (_, spec) in stored.items()}
     module.__dict__["nvfp4_activations"] = activations
+    module.__dict__["nvfp4_activation_rule"] = activation_rule
     for name, (q, _) in stored.items():
         del module._parameters[name]
         for part in PARTS:

@@ -117,7 +117,7 @@ def _fake_quantize(cls: type, op: Any, types: Any, args: tuple[Any, ...], kwargs
         amax = pad(x.to_local().nan_to_num(0.0, 0.0, 0.0).abs().flatten(), (0, 1)).amax()
         largest = [Partial("max") if p.is_shard() else Replicate() for p in placements]
         amax = DTensor.from_local(amax, mesh, largest, run_check=False)
-        global_scale = nvfp4.global_scale(_whole(amax))
+        global_scale = nvfp4.global_scale(_whole(amax), *rest[2:3])
     local = op(x.to_local(), _whole(global_scale), *rest, **kwargs)
     return _distributed(local, mesh, placements, x.shape)
 

@@ -40,6 +40,7 @@ class Spec:
     weight_only_reason: str | None = None
     """Why the input is not quantized although the policy asks for it, or None."""
     compute: Compute = "bf16"
+    activation_scale_rule: ScaleRule = "max"
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,8 @@ def _decide_use(site: Site, policy: Policy, context: Context) -> Decision:
         if reason is not None:
             return Decision(site, None, name, reason + by)
     why = None if own.activations is None else weight_only(site)
-    spec = Spec(own.weight_rule, own.block, None if why else own.activations, why, own.compute)
+    activations = None if why else own.activations
+    spec = Spec(own.weight_rule, own.block, activations, why, own.compute, own.activation_scale_rule)
     return Decision(site, spec, "weights", (f"weight only: {why}" if why else "no rule keeps it") + by)
 
 

@@ -12,7 +12,7 @@ from fp4fx import nvfp4
 from fp4fx.effective import settle, sharing_copy
 from fp4fx.errors import FallbackError, PlanError
 from fp4fx.packed import STOCK, Activations, Packed, PackedSpec, encode, pack, plan_of, remember_plan
-from fp4fx.plan import COMPUTED, Decision, Plan, plan
+from fp4fx.plan import COMPUTED, Decision, Plan, Spec, plan
 from fp4fx.policy import Policy
 
 HEADROOM = 8.0
@@ -103,8 +103,9 @@ def apply(
                 source = dense.to("meta") if skeleton else dense
                 encoded[id(dense)] = encode(source, spec, decision.site.parameter)
             stored[attribute] = encoded[id(dense)]
-        activations = _activations(path, plan)
-        pack(module, stored, activations, _input_scale(path, activations, input_scales, skeleton))
+        own = _input_spec(path, plan)
+        activations, rule = (None, "max") if own is None else (own.activations, own.activation_scale_rule)
+        pack(module, stored, activations, _input_scale(path, activations, input_scales, skeleton), rule)
     _close_fast_paths(result)
     remember_plan(result, plan)
     return result
@@ -119,10 +120,11 @@ def _close_fast_paths(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0  # read by nothing but the conditions of the fused op
 
 
-def _activations(path: str, plan: Plan) -> Activations:
-    """What the module at `path` does to its input: of a tied tensor's uses, the one that runs in it counts."""
-    uses = (d.spec for d in plan.quantized if d.spec is not None and d.site.own_input and d.site.called_in == path)
-    return next((spec.activations for spec in uses), None)
+def _input_spec(path: str, plan: Plan) -> Spec | None:
+    """What the module at `path` does to its input, if anything: of a tied tensor's uses, the one in it counts."""
+    uses = (d.spec for d in plan.quantized if d.site.own_input and d.site.called_in == path)
+    spec = next(uses, None)
+    return spec if spec is not None and spec.activations is not None else None
 
 
 def _input_scale(
@@ -153,7 +155,7 @@ def _check(model: nn.Module, plan: Plan, by_module: dict[str, dict[str, Decision
             if tuple(parameter.shape) != decision.site.shape:
                 raise PlanError(f"{name}: found shape {tuple(parameter.shape)}, the plan expects {decision.site.shape}")
     for path in by_module:
-        if _activations(path, plan) is not None and not isinstance(modules.get(path), STOCK):
+        if _input_spec(path, plan) is not None and not isinstance(modules.get(path), STOCK):
             raise PlanError(
                 f"{path}: the plan quantizes its input, which a {type(modules.get(path)).__name__} does not allow, "
                 "expected a Linear or convolution; make a plan for this model"

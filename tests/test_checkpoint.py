@@ -1,6 +1,7 @@
 """One safetensors file: what is saved comes back bit by bit."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import timm
@@ -43,6 +44,11 @@ MODELS = {
     "rotary": (Rotary, ALL, torch.randn(2, 32)),
     "w4a4": (ConvNet, W4A4, IMAGE),
     "static": (ConvNet, STATIC, IMAGE),
+    "rules": (
+        ConvNet,
+        replace(W4A4, scale_rule="four_over_six_mae", activation_scale_rule="four_over_six"),
+        IMAGE,
+    ),
     "resnet18": (lambda: timm.create_model("resnet18", num_classes=10), W4A4, torch.randn(1, 3, 32, 32)),
 }
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fp4fx
+from fp4fx import nvfp4
 from fp4fx.packed import Packed, class_for
 from tests.models import Attention, ConvNet
 
@@ -182,6 +183,18 @@ def test_activations_pass_quantize_and_dequantize_first():
     expected = nn.functional.conv2d(torch.ops.fp4fx.fake_quantize(x, None, "channels"), conv.weight, conv.bias)
     assert torch.equal(conv(x), expected)
     torch.testing.assert_close(conv(x[0]).shape, expected[0].shape)
+
+
+@pytest.mark.parametrize("activations", ["nvfp4", "nvfp4-static"])
+def test_scales_of_activations_are_chosen_by_their_rule(activations):
+    rule = "four_over_six"
+    policy = fp4fx.Policy(activations=activations, activation_scale_rule=rule, skip_first=0, skip_last=0)
+    x = torch.randn(5, 40)
+    q = fp4fx.quantize(nn.Linear(40, 8).eval(), policy, x)
+    inner = nvfp4.quantize(x, scale_rule=rule, global_scale=getattr(q, "input_global_scale", None))
+    assert torch.equal(q(x), nn.functional.linear(nvfp4.dequantize(inner), q.weight, q.bias))
+    assert f"activations={activations} {rule}" in repr(q)
+    assert torch.equal(copy.deepcopy(q)(x), q(x)) and torch.equal(pickle.loads(pickle.dumps(q))(x), q(x))
 
 
 def test_state_survives_a_round_through_half_of_a_static_scale():

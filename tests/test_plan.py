@@ -296,6 +296,16 @@ def test_round_trip_through_json():
     assert str(again) == str(found)
 
 
+def test_a_plan_from_before_activations_had_scale_rules():
+    found = decide(net(), Policy.w4a4(activation_scale_rule="four_over_six"))
+    data = json.loads(json.dumps(found.to_dict()))
+    assert Plan.from_dict(data) == found
+    assert {d.spec.activation_scale_rule for d in found.quantized} == {"four_over_six"}
+    for owner in (data["policy"], *filter(None, (d["spec"] for d in data["decisions"]))):
+        del owner["activation_scale_rule"]
+    assert Plan.from_dict(data) == decide(net(), Policy.w4a4())
+
+
 def _broken(path, value):
     data = copy.deepcopy(decide(net()).to_dict())
     place = data

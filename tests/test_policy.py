@@ -42,7 +42,8 @@ def test_is_frozen_keyword_only_hashable_and_replaceable():
         ({"activations": True}, ["Policy.activations", "True"]),
         ({"scale_rule": "mse"}, ["Policy.scale_rule", "'search'"]),
         ({"scale_rule": "search", "block": (16, 16)}, ["scale_rule='search' needs block=(1, 16)"]),
-        ({"scale_rule": "four_over_six"}, ["'four_over_six' is not available in this version"]),
+        ({"scale_rule": "four_over_six", "block": (16, 16)}, ["'four_over_six' needs block=(1, 16)", "hardly gains"]),
+        ({"activation_scale_rule": None}, ["Policy.activation_scale_rule", "None", "'four_over_six_mae'"]),
         ({"block": (1, 32)}, ["Policy.block", "(1, 32)", "(16, 16)"]),
         ({"on_fallback": "ignore"}, ["Policy.on_fallback", "'raise'"]),
         ({"skip_first": -1}, ["Policy.skip_first", "-1", "0 or more"]),
@@ -61,7 +62,7 @@ def test_is_frozen_keyword_only_hashable_and_replaceable():
         ({"overrides": {"a.*": {"min_nume": 3}}}, ["Policy.overrides['a.*']", "did you mean 'min_numel'?"]),
         ({"overrides": {"a.*": {"min_numel": -3}}}, ["Policy.overrides['a.*']", "Policy.min_numel", "-3"]),
         ({"overrides": {"a.*": {"skip_first": 0}}}, ["Policy.overrides['a.*']", "'skip_first'", "whole model"]),
-        ({"overrides": {"a.*": {"scale_rule": "four_over_six"}}}, ["Policy.overrides['a.*']", "not available"]),
+        ({"overrides": {"a.*": {"scale_rule": "min"}}}, ["Policy.overrides['a.*']", "Policy.scale_rule", "'min'"]),
         ({"overrides": [("a", {}), ("a", {})]}, ["'a' stands there twice"]),
     ],
 )

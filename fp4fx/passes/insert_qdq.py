@@ -26,7 +26,7 @@ from fp4fx.passes.expose_qdq import feeds_gradient
 from fp4fx.passes.fold_parameters import program_of
 from fp4fx.pipeline import Context, Dialect, verify
 from fp4fx.plan import Decision, decide, weight_sqnr
-from fp4fx.policy import Policy
+from fp4fx.policy import Policy, ScaleRule
 from fp4fx.site import Site
 from fp4fx.trace import Trace
 
@@ -40,7 +40,7 @@ def insert_qdq(gm: GraphModule, ctx: Context) -> int:
     """Decide for every site of the graph and put a fake_quantize on the chosen parameters and activations.
 
     Before: `aten.conv2d(x, parameter, ...)`
-    After: `aten.conv2d(fp4fx.fake_quantize(x, None, "channels"), fp4fx.fake_quantize(parameter, None, "conv"), ...)`
+    After: `aten.conv2d(fp4fx.fake_quantize(x, None, "channels", ...), fp4fx.fake_quantize(parameter, ...), ...)`
     (the activation only where the policy quantizes activations)
     """
     if ctx.policy is None:
@@ -86,7 +86,7 @@ def insert_qdq(gm: GraphModule, ctx: Context) -> int:
         if decision.spec is None:
             continue
         if decision.spec.activations is not None:
-            _quantize_activation(gm, node, x, site)
+            _quantize_activation(gm, node, x, site, decision.spec.activation_scale_rule)
         if site.parameter not in packed:
             packed.add(site.parameter)
             dense, readers = (weight, [node]) if site.settled else (parameter, list(parameter.users))
@@ -120,13 +120,12 @@ def _quantize_weight(gm: GraphModule, dense: Node, users: list[Node], decision: 
                 reader.replace_input_with(dense, quantized)
 
 
-def _quantize_activation(gm: GraphModule, node: Node, x: Node, site: Site) -> None:
-    if site.op == "linear":
-        quantized = emit(gm, fake_quantize, (x, None, "rows"), like=node)
-    elif value(x).dim() == len(site.shape) - 1:  # a convolution without a batch axis
+def _quantize_activation(gm: GraphModule, node: Node, x: Node, site: Site, rule: ScaleRule) -> None:
+    how = (None, "rows" if site.op == "linear" else "channels", 1, rule)
+    if site.op != "linear" and value(x).dim() == len(site.shape) - 1:  # a convolution without a batch axis
         batch = emit(gm, torch.ops.aten.unsqueeze.default, (x, 0), like=node)
-        quantized = emit(gm, fake_quantize, (batch, None, "channels"), like=node)
+        quantized = emit(gm, fake_quantize, (batch, *how), like=node)
         quantized = emit(gm, torch.ops.aten.squeeze.dim, (quantized, 0), like=node)
     else:
-        quantized = emit(gm, fake_quantize, (x, None, "channels"), like=node)
+        quantized = emit(gm, fake_quantize, (x, *how), like=node)
     node.replace_input_with(x, quantized)

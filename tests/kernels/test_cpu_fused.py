@@ -91,3 +91,17 @@ def test_a_compiled_w4a4_model(cpu_ops):
     with torch.no_grad():
         found = torch.compile(q, backend="fp4fx", dynamic=True)(X)
         torch.testing.assert_close(found, q(X), rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_w4a4_model_with_a_rule_for_its_activations(cpu_ops):
+    """Quantized and compiled, and compiled from the dense model by the same policy."""
+    model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 8)).eval()
+    how = {"skip_first": 0, "skip_last": 0, "compute": "fp32"}
+    policy = fp4fx.Policy.w4a4(activation_scale_rule="four_over_six", **how)
+    with torch.no_grad():
+        expected, plain = (fp4fx.quantize(model, p)(X) for p in (policy, fp4fx.Policy.w4a4(**how)))
+        found = torch.compile(fp4fx.quantize(model, policy), backend="fp4fx")(X)
+        from_dense = torch.compile(model, backend="fp4fx", options={"policy": policy})(X)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(from_dense, expected, rtol=1e-5, atol=1e-5)
+    assert (plain - expected).abs().max() > 1e-3

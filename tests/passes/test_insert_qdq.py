@@ -29,8 +29,20 @@ def test_activations_are_quantized_where_the_policy_says_so():
     g = Captured(model, torch.randn(1, 3, 8, 8), policy=policy)
     assert g.apply(canonicalize, insert_qdq) == 3
     assert g.count("fp4fx.fake_quantize") == 6
-    orders = [n.args[2] for n in g.gm.graph.nodes if n.target is torch.ops.fp4fx.fake_quantize.default]
-    assert sorted(orders) == ["channels", "channels", "conv", "conv", "rows", "rows"]
+    calls = [n.args for n in g.gm.graph.nodes if n.target is torch.ops.fp4fx.fake_quantize.default]
+    assert sorted(args[2] for args in calls) == ["channels", "channels", "conv", "conv", "rows", "rows"]
+
+
+def test_scales_of_activations_have_a_rule_of_their_own():
+    policy = Policy.w4a4(activation_scale_rule="four_over_six", scale_rule="max", skip_first=0, skip_last=0)
+    g = Captured(net(), torch.randn(1, 3, 8, 8), policy=policy)
+    g.apply(canonicalize, insert_qdq)
+    rules = [n.args[4] for n in g.gm.graph.nodes if n.target is torch.ops.fp4fx.fake_quantize.default]
+    assert sorted(rules) == ["four_over_six"] * 3 + ["max"] * 3
+    g = Captured(net()[0], torch.randn(3, 8, 8), policy=policy)  # an image without a batch axis
+    assert g.apply(canonicalize, insert_qdq) == 1
+    rules = [n.args[4] for n in g.gm.graph.nodes if n.target is torch.ops.fp4fx.fake_quantize.default]
+    assert sorted(rules) == ["four_over_six", "max"]
 
 
 def test_without_a_policy_nothing_happens():

@@ -64,6 +64,18 @@ def test_another_scale_or_order_is_another_quantize():
     g.check(0)
 
 
+def test_another_scale_rule_is_another_quantize():
+    def f(x):
+        plain, better = (fake_quantize(x, None, "rows", 1, rule) for rule in ("max", "four_over_six"))
+        return plain + better + fake_quantize(x, None, "rows", 1, "four_over_six")
+
+    g = Captured(f, torch.randn(4, 32))
+    assert g.apply(expose_qdq, merge_qdq) == 1
+    rules = [n.args[4] for n in g.gm.graph.nodes if n.target is torch.ops.fp4fx.quantize.default]
+    assert rules == ["max", "four_over_six"]
+    g.check(0)
+
+
 def test_a_layer_used_twice_is_decoded_once():
     layer = linear(32, 32)
     g = Captured(lambda x: layer(layer(x)), torch.randn(4, 32))

@@ -97,7 +97,8 @@ def parallelized(q, rowwise, colwise):
 def check_tensor_parallel():
     from fp4fx.parallel import ColwiseParallel, RowwiseParallel
 
-    for policy in (ALL, fp4fx.Policy.w4a4(skip_first=0, skip_last=0)):
+    better = fp4fx.Policy.w4a4(skip_first=0, skip_last=0, activation_scale_rule="four_over_six")
+    for policy in (ALL, fp4fx.Policy.w4a4(skip_first=0, skip_last=0), better):
         for bias in (True, False):
             q, reference = (
                 parallelized(model(policy, bias=bias), RowwiseParallel, ColwiseParallel),
