@@ -6,9 +6,11 @@ happened and why.
 """
 
 from fp4fx import nvfp4
+from fp4fx.calibration import calibrate
 from fp4fx.checkpoint import load, save
 from fp4fx.errors import (
     BackendError,
+    CalibrationError,
     CheckpointError,
     Error,
     FallbackError,
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "CalibrationError",
     "CheckpointError",
     "Error",
     "Explanation",
@@ -45,6 +48,7 @@ __all__ = [
     "PolicyError",
     "Report",
     "TraceError",
+    "calibrate",
     "explain",
     "load",
     "lower",

@@ -32,6 +32,10 @@ class CheckpointError(Error, ValueError):
     """A checkpoint is damaged, of another format or version, or does not fit the model."""
 
 
+class CalibrationError(Error, ValueError):
+    """Calibration data, or the model to be calibrated, cannot be used as it is."""
+
+
 class BackendError(Error):
     """An option of the torch.compile backend is unknown or contradictory."""
 

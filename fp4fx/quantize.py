@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fp4fx import nvfp4
+from fp4fx.calibration.scales import Inputs, static_scale
 from fp4fx.effective import settle, sharing_copy
 from fp4fx.errors import FallbackError, PlanError
 from fp4fx.packed import STOCK, Activations, Packed, PackedSpec, encode, pack, plan_of, remember_plan
 from fp4fx.plan import COMPUTED, Decision, Plan, Spec, plan
 from fp4fx.policy import Policy
-
-HEADROOM = 8.0
-"""A static activation scale exceeds the largest value seen this much: too large costs nothing, too small saturates."""
 
 
 def quantize(
@@ -180,7 +178,7 @@ def _raise_on_fallback(plan: Plan) -> None:
 
 @torch.no_grad()
 def _static_scales(model: nn.Module, plan: Plan, inputs: Any, kwargs: dict[str, Any] | None) -> dict[str, Tensor]:
-    """Activation scales measured on one forward of the original model: largest finite magnitude × HEADROOM / 2688."""
+    """Activation scales measured on one forward of the original model, as `fp4fx.calibrate` does it on many."""
     names = {d.site.called_in for d in plan.quantized if d.spec is not None and d.spec.activations == "nvfp4-static"}
     if not names:
         return {}
@@ -192,21 +190,11 @@ def _static_scales(model: nn.Module, plan: Plan, inputs: Any, kwargs: dict[str, 
         raise PlanError(
             "activations='nvfp4-static': found a model in training mode, expected evaluation; call model.eval()"
         )
-    scales: dict[str, Tensor] = {}
-
-    def observe(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            seen = nvfp4.global_scale((*args, *kwargs.values())[0].detach()) * HEADROOM
-            scales[name] = torch.maximum(scales[name], seen) if name in scales else seen
-
-        return hook
-
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(observe(name), with_kwargs=True) for name in sorted(names)
-    ]
+    seen = {name: Inputs() for name in sorted(names)}
+    hooks = [model.get_submodule(name).register_forward_pre_hook(s, with_kwargs=True) for name, s in seen.items()]
     try:
         model(*(inputs if isinstance(inputs, tuple | list) else () if inputs is None else (inputs,)), **(kwargs or {}))
     finally:
         for hook in hooks:
             hook.remove()
-    return scales
+    return {name: static_scale(inputs.amax) for name, inputs in seen.items() if inputs.blocks}

@@ -13,6 +13,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fp4fx import nvfp4
+from fp4fx.calibration.record import Calibration, calibration_of
 from fp4fx.errors import PlanError
 from fp4fx.lowering import DECISION, NOTE, lowerings_of
 from fp4fx.packed import PARTS, Packed, plan_of
@@ -67,6 +68,8 @@ class Report:
     """Mean bits per quantized weight, scales included; 0 if there is none."""
     in_graph: bool
     """True if the model itself is dense and its compiled graph holds the packed weights."""
+    calibration: Calibration | None = None
+    """What `fp4fx.calibrate` did to each site; None if it was not called."""
 
     def __str__(self) -> str:
         """The table, what is not in it, and the sums."""
@@ -85,7 +88,8 @@ class Report:
         if any(r.refusals for r in shown):
             columns["refused"] = ["; ".join(r.refusals) or None for r in shown]
         table = tabulate(columns, headers="keys", floatfmt=".2f", missingval="-")
-        return "\n".join([table, "", *self.notes, *self._sums()])
+        calibration = [str(self.calibration), ""] if self.calibration else []
+        return "\n".join([table, "", *calibration, *self.notes, *self._sums()])
 
     def _sums(self) -> Iterable[str]:
         share = self.quantized / max(self.numel, 1)
@@ -177,6 +181,7 @@ def _of_packed(model: nn.Module, plan: Plan) -> Report:
         quantized=values,
         bits=nbytes * 8 / max(values, 1),
         in_graph=False,
+        calibration=calibration_of(model),
     )
 
 

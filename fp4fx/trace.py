@@ -11,11 +11,11 @@ from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fp4fx.errors import TraceError
 from fp4fx.exported import exported
-from fp4fx.graph_sites import NO_RECURRENT, find_sites
+from fp4fx.graph_sites import NO_RECURRENT, GraphSites, find_sites
 from fp4fx.nvfp4 import excess_kurtosis
 from fp4fx.site import Note, Site
 from fp4fx.symbolic import LAYERS, UNTRACEABLE, SymbolicTrace, one_line
@@ -91,6 +91,19 @@ def trace(
         for site in found.sites
     )
     return Trace(sites, _unreached(model, sites, found.notes, opaque), tuple(opaque))
+
+
+def symbolic_graph(model: nn.Module) -> tuple[fx.Graph, GraphSites]:
+    """The graph of a model without example inputs, for its data flow only, and the sites in it.
+
+    Parameters and buffers are `get_attr` nodes with their names as targets and their tensors in `meta["val"]`.
+    """
+    with _untouched(model):
+        symbolic = SymbolicTrace(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    inputs = [node for node in symbolic.graph.nodes if node.op == "placeholder"]
+    parameters = {node: names[id(p)] for node, p in symbolic.parameters.items() if id(p) in names}
+    return symbolic.graph, find_sites(symbolic.graph, parameters, inputs=inputs)
 
 
 def _check(model: Any, example_inputs: Any) -> None:

@@ -1,0 +1,9 @@
+"""Better weights, scales and biases of a quantized model, from data and from the original: `fp4fx.calibrate`."""
+
+from fp4fx.calibration.bias import BiasCorrection
+from fp4fx.calibration.calibrate import calibrate
+from fp4fx.calibration.gptq import GPTQ
+from fp4fx.calibration.record import Calibration, Step, calibration_of
+from fp4fx.calibration.scales import StaticScales
+
+__all__ = ["GPTQ", "BiasCorrection", "Calibration", "StaticScales", "Step", "calibrate", "calibration_of"]

@@ -1,0 +1,110 @@
+"""Calibration data: what a user gives, checked, and run through a model batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4fx.errors import CalibrationError, Error
+from fp4fx.symbolic import UNTRACEABLE, one_line
+
+Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+class Enough(Exception):  # noqa: N818  (it is no error: an observer raises it to end a forward)
+    """What is to be seen of a forward has been seen."""
+
+
+class Batches:
+    """Inputs that can be read more than once, each checked as it is read.
+
+    Raises:
+        CalibrationError: `batches` is no iterable of inputs; while it is read: it is empty, or a batch holds a NaN, no
+            values, or a tensor on another device than the model.
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        if isinstance(batches, (Tensor, Mapping, str, bytes)) or not hasattr(batches, "__iter__"):
+            found = f"one {type(batches).__name__}"
+            raise CalibrationError(f"batches: found {found}, expected an iterable of inputs; pass a list of them")
+        self.batches = batches
+        self.once = iter(batches) is batches
+        """Whether it can be read once only."""
+
+    @cached_property
+    def count(self) -> int:
+        """How many there are."""
+        try:
+            return len(self.batches)  # type: ignore[arg-type]
+        except TypeError:
+            return 1 if self.once else sum(1 for _ in self.batches)
+
+    @cached_property
+    def first(self) -> Batch:
+        """The first of them."""
+        return next(iter(self.batches))
+
+    def __iter__(self) -> Iterator[Batch]:
+        number = -1
+        for number, batch in enumerate(self.batches):
+            check(batch, f"batch {number}")
+            yield batch
+        if number < 0:
+            raise CalibrationError("batches: found none, expected at least one input of the model")
+
+
+def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments of the forward on one batch."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+
+
+def check(batch: Batch, where: str) -> None:
+    """Refuse a batch without values or with a NaN (an Inf may be part of a mask).
+
+    Raises:
+        CalibrationError: naming the batch.
+    """
+    args, kwargs = arguments(batch)
+    for value in chain(args, kwargs.values()):
+        if not isinstance(value, Tensor):
+            continue
+        if value.numel() == 0:
+            raise CalibrationError(f"{where}: found a tensor of shape {tuple(value.shape)}, expected values in it")
+        if value.is_floating_point() and (bad := int(value.isnan().sum())):
+            raise CalibrationError(f"{where}: found {bad} NaN in {value.numel()} values, expected none; clean the data")
+
+
+@torch.no_grad()
+def forward(model: nn.Module, batch: Batch, name: str = "batch") -> None:
+    """Run the model on one batch, up to where an observer has `Enough`.
+
+    Raises:
+        CalibrationError: the model does not take the batch.
+    """
+    args, kwargs = arguments(batch)
+    devices = {p.device for p in chain(model.parameters(), model.buffers())}
+    for value in chain(args, kwargs.values()):
+        if isinstance(value, Tensor) and devices and value.device not in devices:
+            on = ", ".join(sorted(map(str, devices)))
+            raise CalibrationError(
+                f"{name}: found a tensor on {value.device}, expected {on}, where the model is; move it"
+            )
+    try:
+        model(*args, **kwargs)
+    except Enough:
+        pass
+    except Error:
+        raise
+    except UNTRACEABLE as error:
+        shapes = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in chain(args, kwargs.values())]
+        raise CalibrationError(
+            f"{name}: the model does not run on inputs {shapes}: {one_line(error)}; expected a tensor, a tuple of the "
+            "forward's arguments or a dict of its keywords, without labels"
+        ) from error
