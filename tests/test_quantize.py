@@ -167,7 +167,7 @@ def test_static_activation_scales_are_measured_on_the_example():
     policy = fp4fx.Policy(activations="nvfp4-static", skip_first=0, skip_last=0)
     model, x = nn.Sequential(nn.Linear(40, 8)).eval(), torch.randn(4, 40)
     q = fp4fx.quantize(model, policy, x)
-    torch.testing.assert_close(q[0].input_global_scale, 8 * x.abs().max() / 2688)
+    torch.testing.assert_close(q[0].input_global_scale, 16 * x.abs().max() / 2688)
     assert torch.equal(q(100 * x)[0], q(100 * x)[0]) and not model[0]._forward_pre_hooks
     with pytest.raises(fp4fx.PlanError, match="example_inputs"):
         fp4fx.quantize(model, policy)

@@ -108,3 +108,16 @@ def forward(model: nn.Module, batch: Batch, name: str = "batch") -> None:
             f"{name}: the model does not run on inputs {shapes}: {one_line(error)}; expected a tensor, a tuple of the "
             "forward's arguments or a dict of its keywords, without labels"
         ) from error
+
+
+def several(method: str, batches: Batches | None) -> int:
+    """The number of passes of a method that needs more than one.
+
+    Raises:
+        CalibrationError: there is no data.
+    """
+    if batches is None:
+        raise CalibrationError(
+            f"{method}: found no batches, expected inputs of the model; pass some, 100 samples or more"
+        )
+    return 2

@@ -1,0 +1,217 @@
+"""What the ops of a site read, as second moments of its columns; and rounding a weight by them.
+
+One input in eight is kept out of the moments, to measure with: of several roundings the best on what none of them has
+seen is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fp4fx import nvfp4
+from fp4fx.calibration.data import Enough, forward
+from fp4fx.calibration.inputs import input_rows, weight_rows
+from fp4fx.calibration.job import Job, Method
+from fp4fx.observe import Call, observe
+from fp4fx.site import Site
+
+HELD_OUT = 8
+"""One input in so many is kept from the Hessian; the last ones of each call."""
+MEASURED = 1024
+"""At most so many of them are kept."""
+LEAST = 4
+"""A Hessian of K columns wants K / LEAST inputs at least."""
+
+Solve = Callable[[Tensor, Tensor, Tensor], Tensor | str]
+"""Weight fp32 [G, R, K], H fp32 [G, K, K], scale fp32 [G, R, ceil(K/16)] -> codes u8 [G, R, K], or why not."""
+
+
+def each_site(
+    job: Job, method: Method, samples: int, memory: int | None, sites: Sequence[Site] | None = None
+) -> Iterator[tuple[Site, Statistics]]:
+    """The pending sites in execution order, each with what it reads, the ones ahead of its group being done by then.
+
+    A site that nothing can be learned about is recorded with the reason, and left out.
+
+    Args:
+        job: What is calibrated.
+        method: Whose pending sites.
+        samples: At most so many inputs of a site are taken, evenly spaced over all batches.
+        memory: Bytes for the statistics of a group; half the dense model if None.
+        sites: Some of the pending ones; all if None.
+    """
+    sites = job.pending(method) if sites is None else sites
+    memory = sum(p.numel() * 2 for p in job.reference.parameters()) if memory is None else memory
+    with tqdm(total=len(sites), desc=method.name, unit="site", disable=None, leave=False) as bar:
+        for group in _groups(job.in_order(sites), memory):
+            found = _observed(job, group, samples)
+            for site in group:
+                statistics, reason = found.pop(site.parameter, None), job.unfit(site)
+                if reason is None:
+                    reason = "kept: never reached by the data" if statistics is None else statistics.unusable(site)
+                if statistics is None or reason is not None:
+                    job.record(method, site, reason or "")
+                else:
+                    yield site, statistics
+                bar.update()
+
+
+def _groups(sites: Sequence[Site], memory: int) -> Iterator[list[Site]]:
+    """As many sites at a time as the memory allows; one at least."""
+    group: list[Site] = []
+    used = 0
+    for site in sites:
+        k = site.rows[1]
+        matrices = site.groups if site.op.startswith("conv") else math.prod(site.shape[:-2])
+        need = matrices * k * (k + MEASURED) * 4
+        if group and used + need > memory:
+            yield group
+            group, used = [], 0
+        group.append(site)
+        used += need
+    if group:
+        yield group
+
+
+def _observed(job: Job, group: Sequence[Site], samples: int) -> dict[str, Statistics]:
+    """What every site of the group read in all batches, in the model as it is now."""
+    found: dict[str, Statistics] = {}
+    wanted = [site for site in group if job.unfit(site) is None]
+    last = wanted[-1].parameter if wanted else None
+    share = -(-samples // job.batches.count)
+    calls_of_last = 0
+
+    def seen(call: Call) -> None:
+        nonlocal calls_of_last
+        name = call.site.parameter
+        if name not in found:
+            found[name] = Statistics(partial(job.decoded, call.site), -(-MEASURED // job.batches.count))
+        found[name].add(call, share)
+        calls_of_last += name == last
+        if name == last and calls_of_last == job.calls.get(name):
+            raise Enough
+
+    with observe(job.model, wanted, seen):
+        for number, batch in enumerate(job.batches if wanted else ()):
+            calls_of_last = 0
+            forward(job.model, batch, f"batch {number}")
+    return found
+
+
+@torch.no_grad()
+def round_site(job: Job, method: Method, site: Site, statistics: Statistics, solve: Solve) -> None:
+    """Write the best of the weight as it is, its nearest values with searched scales, and the codes of `solve`."""
+    dense, now = job.weight(site), job.decoded(site)
+    k = dense.shape[1]
+    q = job.encoded(site, dense)
+    packed, codes = q.packed.flatten(0, -2), nvfp4.unpack(q.packed).flatten(0, -2)
+    scale = (nvfp4.decode_e4m3(q.scale) * q.global_scale).flatten(0, -2)
+    nearest = nvfp4.dequantize_rows(packed, q.scale.flatten(0, -2), q.global_scale, k, torch.float32)
+    for start, part in statistics.parts.items():
+        rows = slice(start, start + part.rows)
+        weight, steps = (torch.unflatten(t[rows], 0, (len(part.hessian), -1)) for t in (dense, scale))
+        solved = solve(weight, part.hessian, steps)
+        if isinstance(solved, str):
+            job.record(method, site, f"kept: {solved}")
+            return
+        codes[rows, :k] = solved.flatten(0, 1)
+    learned = nvfp4.decode_e2m1(codes[:, :k]) * scale.repeat_interleave(nvfp4.BLOCK, -1)[:, :k]
+    before, plain, after = (statistics.error(dense, found) for found in (now, nearest, learned))
+    if before <= min(plain, after):
+        job.record(
+            method, site, f"kept: {method.name} has an error of {after:.2e}, rounding one of {plain:.2e}", before
+        )
+        return
+    job.write(site, nvfp4.pack(codes) if after < plain else packed, q.scale, q.global_scale)
+    reason = (
+        f"codes of {method.name}" if after < plain else f"nearest values: {method.name} has an error of {after:.2e}"
+    )
+    job.record(method, site, reason, before, min(plain, after), changed=True)
+
+
+@dataclass
+class Part:
+    """Second moments of what some rows of a weight were multiplied with, and inputs that are not in them."""
+
+    rows: int
+    hessian: Tensor
+    """fp32 [G, K, K]."""
+    count: int = 0
+    calls: int = 0
+    measured: list[Tensor] = field(default_factory=list)
+    """fp32 [G, P, K] each."""
+
+
+class Statistics:
+    """What one site read."""
+
+    def __init__(self, decoded: Callable[[], Tensor], measured: int) -> None:
+        self.decoded = decoded
+        self.measured = measured
+        self.parts: dict[int, Part] = {}
+        """By first row."""
+        self.reason: str | None = None
+
+    def add(self, call: Call, limit: int) -> None:
+        """Take in a call, of which at most `limit` inputs."""
+        if self.reason is not None:
+            return
+        if call.start not in self.parts:
+            rows = weight_rows(call)
+            n, k = rows.shape[0] * rows.shape[1], rows.shape[2]
+            if not torch.equal(rows.reshape(n, k), self.decoded()[call.start : call.start + n].to(rows.dtype)):
+                change = call.site.transform or "a cast, a cut or a copy"
+                self.reason = f"kept: its op reads it behind {change}"
+                return
+            self.parts[call.start] = Part(n, rows.new_zeros(rows.shape[0], k, k, dtype=torch.float32))
+        part, x = self.parts[call.start], input_rows(call, limit)
+        if x.shape[0] != part.hessian.shape[0]:
+            self.reason = "kept: its op reads it in parts that overlap"
+            return
+        part.calls += 1
+        held = x.shape[1] // HELD_OUT
+        if not held and part.calls % HELD_OUT == 0:
+            held = x.shape[1]
+        if held:
+            part.measured.append(x[:, -held:][:, :: -(-held // self.measured)].clone())
+        x = x[:, : x.shape[1] - held]
+        part.hessian.baddbmm_(x.mT, x)
+        part.count += x.shape[1]
+
+    def unusable(self, site: Site) -> str | None:
+        """Why nothing can be learned from it, or None."""
+        spans = sorted((start, start + part.rows) for start, part in self.parts.items())
+        if self.reason is not None:
+            return self.reason
+        if any(start < end for (_, end), (start, _) in pairwise(spans)):
+            return "kept: its op reads it in parts that overlap"
+        least = min(part.count for part in self.parts.values())
+        if least < max(site.rows[1] // LEAST, 2) or not all(part.measured for part in self.parts.values()):
+            return (
+                f"kept: found {least} inputs, expected {max(site.rows[1] // LEAST, HELD_OUT)} or more; give more data"
+            )
+        if not all(part.hessian.isfinite().all() for part in self.parts.values()):
+            return "kept: its inputs are not finite, or too large for fp32"
+        if not any(part.hessian.any() for part in self.parts.values()):
+            return "kept: its inputs are all zero"
+        return None
+
+    def error(self, wanted: Tensor, found: Tensor) -> float:
+        """Rows fp32 [N, K] twice -> ‖(found - wanted) · x‖² / ‖wanted · x‖² on the inputs kept for it."""
+        noise = signal = 0.0
+        for start, part in self.parts.items():
+            rows, shape = slice(start, start + part.rows), (part.hessian.shape[0], -1)
+            x = torch.cat(part.measured, 1)
+            y = x @ torch.unflatten(wanted[rows], 0, shape).mT
+            signal += y.square_().sum().item()
+            y = x @ torch.unflatten(found[rows] - wanted[rows], 0, shape).mT
+            noise += y.square_().sum().item()
+        return noise / signal if signal else float(noise > 0)
