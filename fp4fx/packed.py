@@ -178,18 +178,20 @@ STOCK = tuple(_RANK)
 """The classes whose input can be quantized on the way in."""
 
 
+def quantized_input(module: Packed, x: Tensor) -> Tensor:
+    """What a W4A4 layer computes with for its input x: the same, quantized and decoded."""
+    rank = next(rank for cls, rank in _RANK.items() if isinstance(module, cls))
+    unbatched = bool(rank) and x.dim() == rank + 1  # a convolution without a batch axis
+    how = module._buffers.get(INPUT_SCALE), "channels" if rank else "rows", 1, module.nvfp4_activation_rule
+    quantized: Tensor = torch.ops.fp4fx.fake_quantize.default(x.unsqueeze(0) if unbatched else x, *how)
+    return quantized.squeeze(0) if unbatched else quantized
+
+
 def _quantizing_forward(base: type[nn.Module]) -> Callable[..., Any]:
     """The base's forward on a quantized input; the plan allows it for the classes of `_RANK` only."""
-    rank = next(rank for cls, rank in _RANK.items() if issubclass(base, cls))
-    order = "channels" if rank else "rows"
 
     def forward(self: Packed, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002  (the base's name for it)
-        how = self._buffers.get(INPUT_SCALE), order, 1, self.nvfp4_activation_rule
-        if rank and input.dim() == rank + 1:  # a convolution without a batch axis
-            x = torch.ops.fp4fx.fake_quantize.default(input.unsqueeze(0), *how).squeeze(0)
-        else:
-            x = torch.ops.fp4fx.fake_quantize.default(input, *how)
-        return base.forward(self, x, *args, **kwargs)
+        return base.forward(self, quantized_input(self, input), *args, **kwargs)
 
     return forward
 

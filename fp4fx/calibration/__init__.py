@@ -4,6 +4,7 @@ from fp4fx.calibration.bias import BiasCorrection
 from fp4fx.calibration.calibrate import calibrate
 from fp4fx.calibration.gptq import GPTQ
 from fp4fx.calibration.record import Calibration, Step, calibration_of
+from fp4fx.calibration.rounding import AdaRound
 from fp4fx.calibration.scales import StaticScales
 
-__all__ = ["GPTQ", "BiasCorrection", "Calibration", "StaticScales", "Step", "calibrate", "calibration_of"]
+__all__ = ["GPTQ", "AdaRound", "BiasCorrection", "Calibration", "StaticScales", "Step", "calibrate", "calibration_of"]

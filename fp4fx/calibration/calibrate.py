@@ -10,11 +10,12 @@ from fp4fx.calibration.bias import BiasCorrection
 from fp4fx.calibration.data import Batch, Batches
 from fp4fx.calibration.gptq import GPTQ
 from fp4fx.calibration.job import Job, Method
+from fp4fx.calibration.rounding import AdaRound
 from fp4fx.calibration.scales import StaticScales
 from fp4fx.errors import CalibrationError
 from fp4fx.packed import plan_of
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (StaticScales, GPTQ, BiasCorrection)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (StaticScales, GPTQ, AdaRound, BiasCorrection)}
 
 
 def calibrate(
