@@ -1,7 +1,8 @@
 """A quantized model in one safetensors file: its tensors as stored, and the plan to rebuild the modules around them.
 
 Metadata: `format` "fp4fx", `version`, `model` (class name, for messages), and as JSON `plan` (`Plan.to_dict`), `packed`
-({parameter: {dtype, sqnr}}), `tied` ({name: name it is written under}), `non_persistent` (not in the state_dict).
+({parameter: {dtype, sqnr}}), `tied` ({name: name it is written under}), `non_persistent` (not in the state_dict) and,
+of a calibrated model, `calibration` (`Calibration.to_dict`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fp4fx.calibration.record import Calibration, calibration_of, remember_calibration
 from fp4fx.errors import CheckpointError, PlanError
 from fp4fx.fields import read
 from fp4fx.packed import INPUT_SCALE, PARTS, Packed, odd_scale, plan_of
@@ -87,6 +89,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "tied": json.dumps(tied),
         "non_persistent": json.dumps([n for n, s in slots.items() if not s.persistent and s.tensor is not None]),
     }
+    calibration = calibration_of(model)
+    if calibration is not None:
+        metadata["calibration"] = json.dumps(calibration.to_dict())
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         temporary.touch()
@@ -124,6 +129,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, device: torch.device
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             plan, packed, tied = _header(metadata, set(file.offset_keys()), path)
+            calibration = _calibration(metadata, path)
             stored = {name: file.get_tensor(name) for name in file.offset_keys()}  # mapped, not read
     except SafetensorError as error:
         todo = f"it is cut off, damaged or of another kind ({error}): copy or save it again"
@@ -132,6 +138,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, device: torch.device
         result = apply(model, plan, skeleton=True)
     except PlanError as error:
         raise CheckpointError(f"{path}: a {metadata.get('model')} does not fit here: {error}; {REBUILD}") from error
+    if calibration is not None:
+        remember_calibration(result, calibration)
     for name, (module, attribute) in _packed_parameters(result).items():
         dtype, sqnr = getattr(torch, packed[name].dtype), packed[name].sqnr
         module.nvfp4 = {**module.nvfp4, attribute: replace(module.nvfp4[attribute], dtype=dtype, sqnr=sqnr)}
@@ -245,6 +253,16 @@ def _header(
     except ValueError as error:  # of JSON, or a PlanError
         raise CheckpointError(f"{path}: metadata: {error}; {DAMAGED}") from error
     return plan, packed, tied
+
+
+def _calibration(metadata: Mapping[str, str], path: Path) -> Calibration | None:
+    """What calibration had done to the model, if there was any."""
+    if "calibration" not in metadata:
+        return None
+    try:
+        return Calibration.from_dict(json.loads(metadata["calibration"]))
+    except ValueError as error:  # of JSON, or a PlanError
+        raise CheckpointError(f"{path}: metadata: {error}; {DAMAGED}") from error
 
 
 def _check(slots: dict[str, _Slot], stored: dict[str, Tensor], tied: dict[str, str], path: Path) -> None:

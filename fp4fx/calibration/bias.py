@@ -78,7 +78,10 @@ class BiasCorrection:
                 )  # [G, N/G, C/G]
                 return (taps @ x.to(rows.device).view(g, -1, 1)).flatten()
 
-            shift = sums(dense - job.decoded(site), known.mean)
+            smoothed = job.smoothing(site)
+            factors = torch.ones_like(dense) if smoothed is None else smoothed
+            dense, rounding = dense / factors, (dense - job.decoded(site)) / factors
+            shift = sums(rounding, known.mean)
             power = sums(dense, known.mean).square() + sums(dense.square(), known.variance)
             if site.op.startswith("conv_transpose"):  # a place is reached by one tap of each stride
                 job.record(self, site, "kept: the mean output of a transposed convolution differs from place to place")

@@ -12,10 +12,13 @@ from fp4fx.calibration.gptq import GPTQ
 from fp4fx.calibration.job import Job, Method
 from fp4fx.calibration.rounding import AdaRound
 from fp4fx.calibration.scales import StaticScales
+from fp4fx.calibration.smoothing import Smoothing
 from fp4fx.errors import CalibrationError
 from fp4fx.packed import plan_of
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (StaticScales, GPTQ, AdaRound, BiasCorrection)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (StaticScales, Smoothing, GPTQ, AdaRound, BiasCorrection)
+}
 
 
 def calibrate(
@@ -53,7 +56,7 @@ def calibrate(
         raise CalibrationError(f"calibrate: found a {found} without a plan; pass what fp4fx.quantize returned")
     if model.training:
         raise CalibrationError("calibrate: found a model in training mode, expected evaluation; call model.eval()")
-    data = None if batches is None else Batches(batches)
+    data = None if batches is None else Batches(batches, model)
     job = Job(model, reference, data, again)
     _check(job, chosen)
     for method in chosen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -28,11 +28,12 @@ class Batches:
             values, or a tensor on another device than the model.
     """
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
+    def __init__(self, batches: Iterable[Batch], model: nn.Module) -> None:
         if isinstance(batches, (Tensor, Mapping, str, bytes)) or not hasattr(batches, "__iter__"):
             found = f"one {type(batches).__name__}"
             raise CalibrationError(f"batches: found {found}, expected an iterable of inputs; pass a list of them")
         self.batches = batches
+        self.devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
         self.once = iter(batches) is batches
         """Whether it can be read once only."""
 
@@ -47,12 +48,12 @@ class Batches:
     @cached_property
     def first(self) -> Batch:
         """The first of them."""
-        return next(iter(self.batches))
+        return next(iter(self))
 
     def __iter__(self) -> Iterator[Batch]:
         number = -1
         for number, batch in enumerate(self.batches):
-            check(batch, f"batch {number}")
+            check(batch, f"batch {number}", self.devices)
             yield batch
         if number < 0:
             raise CalibrationError("batches: found none, expected at least one input of the model")
@@ -65,8 +66,8 @@ def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
 
 
-def check(batch: Batch, where: str) -> None:
-    """Refuse a batch without values or with a NaN (an Inf may be part of a mask).
+def check(batch: Batch, where: str, devices: Collection[torch.device]) -> None:
+    """Refuse a batch on none of the devices, without values, or with a NaN (an Inf may be part of a mask).
 
     Raises:
         CalibrationError: naming the batch.
@@ -75,6 +76,11 @@ def check(batch: Batch, where: str) -> None:
     for value in chain(args, kwargs.values()):
         if not isinstance(value, Tensor):
             continue
+        if value.device not in devices:
+            on = ", ".join(sorted(map(str, devices)))
+            raise CalibrationError(
+                f"{where}: found a tensor on {value.device}, expected {on}, as the model is; move it"
+            )
         if value.numel() == 0:
             raise CalibrationError(f"{where}: found a tensor of shape {tuple(value.shape)}, expected values in it")
         if value.is_floating_point() and (bad := int(value.isnan().sum())):
@@ -89,13 +95,6 @@ def forward(model: nn.Module, batch: Batch, name: str = "batch") -> None:
         CalibrationError: the model does not take the batch.
     """
     args, kwargs = arguments(batch)
-    devices = {p.device for p in chain(model.parameters(), model.buffers())}
-    for value in chain(args, kwargs.values()):
-        if isinstance(value, Tensor) and devices and value.device not in devices:
-            on = ", ".join(sorted(map(str, devices)))
-            raise CalibrationError(
-                f"{name}: found a tensor on {value.device}, expected {on}, where the model is; move it"
-            )
     try:
         model(*args, **kwargs)
     except Enough:

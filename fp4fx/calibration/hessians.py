@@ -24,7 +24,7 @@ from fp4fx.observe import Call, observe
 from fp4fx.site import Site
 
 HELD_OUT = 8
-"""One input in so many is kept from the Hessian; the last ones of each call."""
+"""One input in so many is kept from the Hessian: the last ones of each call, or whole calls with less."""
 MEASURED = 1024
 """At most so many of them are kept."""
 LEAST = 4
@@ -178,7 +178,7 @@ class Statistics:
             return
         part.calls += 1
         held = x.shape[1] // HELD_OUT
-        if not held and part.calls % HELD_OUT == 0:
+        if not held and part.calls % HELD_OUT == 2:
             held = x.shape[1]
         if held:
             part.measured.append(x[:, -held:][:, :: -(-held // self.measured)].clone())

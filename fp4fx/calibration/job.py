@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Protocol
@@ -18,6 +18,7 @@ from fp4fx.observe import Call, observe
 from fp4fx.packed import PARTS, Packed, PackedSpec, plan_of
 from fp4fx.site import Site
 
+_SMOOTHED = "_fp4fx_smoothed"
 INPUTS = ("linear", "conv")
 """How the names of the ops begin whose weight is multiplied with an activation."""
 
@@ -102,10 +103,26 @@ class Job:
         remember_calibration(self.model, record.with_step(step, stale))
 
     def weight(self, site: Site) -> Tensor:
-        """The original weight fp32 [N, K] as `nvfp4.to_rows` has it, on the model's device."""
+        """The original weight fp32 [N, K] as `nvfp4.to_rows` has it, on the model's device, smoothed if it has been."""
         dense = getattr(self.reference.get_submodule(site.module), site.attribute).detach()
         rows = nvfp4.to_rows(dense.to(self.stored(site)[0].device).float(), site.order, site.groups)
-        return rows.reshape(site.rows)
+        rows = rows.reshape(site.rows)
+        factors = self.smoothing(site)
+        return rows if factors is None else rows * factors
+
+    def smoothing(self, site: Site) -> Tensor | None:
+        """The factors of the weight's values, fp32 [K] or [N, K], that a norm ahead of it is divided by; or None."""
+        found: Tensor | None = self.model.__dict__.get(_SMOOTHED, {}).get(site.parameter)
+        return found
+
+    def smooth(self, factors: Mapping[str, Tensor]) -> None:
+        """Note on the model what `smoothing` is to say from now on."""
+        self.model.__dict__[_SMOOTHED] = {**self.model.__dict__.get(_SMOOTHED, {}), **factors}
+
+    def quantizes_input(self, site: Site) -> bool:
+        """Whether the layer is W4A4."""
+        module = self.model.get_submodule(site.called_in)
+        return site.own_input and isinstance(module, Packed) and module.nvfp4_activations is not None
 
     def stored(self, site: Site) -> tuple[Tensor, Tensor, Tensor]:
         """The parts of a packed parameter: its own buffers."""
@@ -169,5 +186,6 @@ class Job:
 
     def in_order(self, sites: Iterable[Site]) -> list[Site]:
         """The sites in the order in which the model runs them; at the end those that the first batch does not reach."""
-        place = {name: number for number, name in enumerate(self.calls)}
+        sites = list(sites)
+        place = {name: number for number, name in enumerate(self.calls if sites else ())}
         return sorted(sites, key=lambda site: place.get(site.parameter, len(place)))

@@ -26,7 +26,7 @@ from fp4fx.packed import Packed, quantized_input
 from fp4fx.site import Site
 
 STRETCH = 0.1
-"""A sigmoid that reaches this far beyond 0 and 1 is cut there, so that a choice can be final (the paper's zeta, gamma)."""
+"""A sigmoid that reaches this far beyond 0 and 1 is cut there, so that a choice can be final."""
 FREE = 0.2
 """The part of the steps without the term that makes choices final."""
 
@@ -46,7 +46,7 @@ class AdaRound:
     outputs that the original has. All other sites are learned one by one."""
     steps: int = 300
     learning_rate: float = 0.1
-    finality: float = 10.0
+    finality: float = 20.0
     """Weight of the term that makes choices final, in units of the error of rounding to nearest."""
     samples: int = 65536
     """At most so many inputs (tokens, pixels) of a layer are taken, evenly spaced over all batches."""
@@ -126,7 +126,7 @@ class AdaRound:
             with torch.enable_grad():
                 torch.autograd.backward(block.loss({name: c() for name, c in choices.items()}, batch))
                 for choice in choices.values():
-                    self._finality(choice, step, power / len(choices))
+                    self._finality(choice, step, power)
             optimizer.step()
         before = block.error({s.parameter: job.decoded(s) for s in fit}, data[-held:])
         after = block.error({name: c.final() for name, c in choices.items()}, data[-held:])

@@ -62,9 +62,7 @@ class StaticScales:
         """One forward of each batch, with a look at every input; a layer that none of them reaches stays as it is."""
         layers: dict[str, Site] = {}
         for site in job.pending(self):
-            module = job.model.get_submodule(site.called_in)
-            own = site.own_input and isinstance(module, Packed) and module.nvfp4_activations is not None
-            if own:
+            if job.quantizes_input(site):
                 layers[site.called_in] = site
             else:
                 job.record(self, site, "kept: its input is not quantized")

@@ -1,0 +1,157 @@
+"""The entry: what it refuses, what an interruption leaves, what a file keeps."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import fp4fx
+from fp4fx.calibration import GPTQ, BiasCorrection, Calibration, StaticScales, calibration_of
+from tests.models import ConvNet
+
+ALL = fp4fx.Policy(skip_first=0, skip_last=0, min_numel=0, min_channels=1)
+W4A4 = fp4fx.Policy(skip_first=0, skip_last=0, min_numel=0, min_channels=1, activations="nvfp4")
+
+
+def batches(n=3):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(8, 3, 8, 8, generator=generator) for _ in range(n)]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return ConvNet().eval()
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ([], "found none"),
+        ([torch.zeros(0, 3, 8, 8)], "batch 0: found a tensor of shape"),
+        ([torch.randn(2, 3, 8, 8), torch.full((2, 3, 8, 8), torch.nan)], "batch 1: found 384 NaN in 384"),
+        ([torch.randn(2, 4, 8, 8)], r"batch 0: the model does not run on inputs \[\(2, 4, 8, 8\)\]"),
+        ([(torch.randn(2, 3, 8, 8), torch.zeros(2))], "without labels"),
+        ([torch.randn(2, 3, 8, 8, device="meta")], "batch 0: found a tensor on meta, expected cpu"),
+        (torch.randn(2, 3, 8, 8), "found one Tensor, expected an iterable"),
+        ({"x": torch.randn(2, 3, 8, 8)}, "found one dict"),
+        (iter(batches()), "an iterator, which can be read once"),
+        (None, "found no batches"),
+    ],
+)
+def test_bad_data_is_named_and_changes_nothing(model, given, found):
+    qmodel = fp4fx.quantize(model, ALL)
+    state = {name: value.clone() for name, value in qmodel.state_dict().items()}
+    with pytest.raises(fp4fx.CalibrationError, match=found):
+        fp4fx.calibrate(qmodel, given, reference=model, methods=["gptq", "bias_correction"])
+    assert all(torch.equal(value, state[name]) for name, value in qmodel.state_dict().items())
+    assert not torch.is_grad_enabled() or torch.backends.mha.get_fastpath_enabled()
+
+
+def test_bad_models_and_methods_are_named(model):
+    qmodel = fp4fx.quantize(model, ALL)
+    for call, found in (
+        (lambda: fp4fx.calibrate(model, batches()), "without a plan"),
+        (lambda: fp4fx.calibrate(qmodel, batches(), methods=["gptq"]), "gptq: found no reference"),
+        (
+            lambda: fp4fx.calibrate(qmodel, batches(), methods=["magic"]),
+            "'magic', expected one of static_scales, smoothing",
+        ),
+        (lambda: fp4fx.calibrate(qmodel, batches(), methods=[GPTQ]), "no instance of a method"),
+        (lambda: fp4fx.calibrate(qmodel, batches(), reference=qmodel, methods=["gptq"]), "found a quantized model"),
+        (lambda: fp4fx.calibrate(qmodel, batches(), reference=ConvNet(16), methods=["gptq"]), "another shape"),
+        (lambda: fp4fx.calibrate(qmodel, batches(), reference=nn.Linear(2, 2), methods=["gptq"]), "or none"),
+        (lambda: fp4fx.calibrate(qmodel, methods=["static_scales"]), "static_scales: found no batches"),
+        (lambda: StaticScales(rule="median"), "a rule of max, percentile, mse"),
+        (lambda: fp4fx.calibrate(fp4fx.quantize(model, ALL).train(), batches(), reference=model), "training mode"),
+    ):
+        with pytest.raises(fp4fx.CalibrationError, match=found):
+            call()
+
+
+def test_inputs_of_all_kinds(model):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(32, 32)
+
+        def forward(self, x, *, scale):
+            return self.lin(x * scale)
+
+    two = Two().eval()
+    qmodel = fp4fx.quantize(two, ALL)
+    given = [{"x": torch.randn(64, 32), "scale": torch.tensor(2.0)} for _ in range(2)]
+    fp4fx.calibrate(qmodel, given, reference=two, methods=["gptq"])
+    assert len(calibration_of(qmodel).steps) == 1
+    qmodel = fp4fx.quantize(model, W4A4)
+    loader = torch.utils.data.DataLoader([x for batch in batches() for x in batch], batch_size=5)
+    fp4fx.calibrate(qmodel, loader, reference=model, methods=["static_scales"])
+    assert all(s.changed for s in calibration_of(qmodel).steps)
+    qmodel = fp4fx.quantize(model, W4A4)
+    fp4fx.calibrate(qmodel, iter(batches()), methods=["static_scales"])  # one pass will do
+    assert all(s.changed for s in calibration_of(qmodel).steps)
+
+
+def test_an_interrupted_call_goes_on_where_it_stopped(model, monkeypatch):
+    qmodel, whole = fp4fx.quantize(model, ALL), fp4fx.quantize(model, ALL)
+    solve, solved = GPTQ._solve, []
+
+    def interrupted(self, *args):
+        if len(solved) == 2:
+            raise KeyboardInterrupt
+        solved.append(1)
+        return solve(self, *args)
+
+    monkeypatch.setattr(GPTQ, "_solve", interrupted)
+    method = GPTQ(memory=1)
+    with pytest.raises(KeyboardInterrupt):
+        fp4fx.calibrate(qmodel, batches(), reference=model, methods=[method])
+    assert [s.parameter for s in calibration_of(qmodel).steps] == ["stem.weight", "body.weight"]
+    old = qmodel.stem.weight.clone()
+    monkeypatch.setattr(GPTQ, "_solve", solve)
+    fp4fx.calibrate(qmodel, batches(), reference=model, methods=[method])
+    fp4fx.calibrate(whole, batches(), reference=model, methods=[method])
+    assert torch.equal(old, qmodel.stem.weight)
+    assert calibration_of(qmodel) == calibration_of(whole)
+    for name, value in qmodel.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+
+
+def test_done_sites_are_left_alone_unless_asked_again(model, monkeypatch):
+    qmodel = fp4fx.quantize(model, ALL)
+    fp4fx.calibrate(qmodel, batches(), reference=model, methods=["gptq", "bias_correction"])
+    record = calibration_of(qmodel)
+    with monkeypatch.context() as patch:
+        patch.setattr(ConvNet, "forward", lambda *_: pytest.fail("the model ran"))
+        patch.setattr(type(qmodel), "forward", lambda *_: pytest.fail("the model ran"))
+        fp4fx.calibrate(qmodel, batches(), reference=model, methods=["gptq", "bias_correction"])
+    assert calibration_of(qmodel) == record
+    # New weights need a new correction of their biases.
+    fp4fx.calibrate(qmodel, batches(5), reference=model, methods=[GPTQ(damping=0.1)], again=True)
+    methods = [s.method for s in calibration_of(qmodel).steps]
+    changed = [s for s in calibration_of(qmodel).steps if s.method == "gptq" and s.changed]
+    assert methods.count("gptq") == 4 and methods.count("bias_correction") == 4 - len(changed)
+
+
+def test_the_record_survives_a_file_and_shows_in_the_report(model, tmp_path):
+    qmodel = fp4fx.quantize(model, W4A4)
+    fp4fx.calibrate(qmodel, batches(), reference=model, methods=["static_scales", "gptq", "bias_correction"])
+    fp4fx.save(qmodel, tmp_path / "m.safetensors")
+    again = fp4fx.load(ConvNet().eval(), tmp_path / "m.safetensors")
+    x = batches()[0]
+    with torch.no_grad():
+        assert torch.equal(again(x), qmodel(x))
+    assert calibration_of(again) == calibration_of(qmodel)
+    report = fp4fx.report(again)
+    assert "error before" in str(report) and "codes of gptq" in str(report)
+    data = json.loads(report.to_json())["calibration"]
+    assert Calibration.from_dict(data) == calibration_of(qmodel)
+    assert {d.spec.activations for d in fp4fx.packed.plan_of(again).quantized} == {"nvfp4-static"}
+    assert fp4fx.report(fp4fx.quantize(model, ALL)).calibration is None
+
+
+def test_methods_may_have_options(model):
+    qmodel = fp4fx.quantize(model, ALL)
+    fp4fx.calibrate(qmodel, batches(), reference=model, methods=[GPTQ(act_order=True), BiasCorrection()])
+    assert "act_order=True" in calibration_of(qmodel).steps[0].options
