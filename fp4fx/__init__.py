@@ -10,6 +10,7 @@ from fp4fx.calibration import calibrate
 from fp4fx.checkpoint import load, save
 from fp4fx.errors import (
     BackendError,
+    BudgetError,
     CalibrationError,
     CheckpointError,
     Error,
@@ -28,11 +29,13 @@ from fp4fx.policy import Policy
 from fp4fx.programs import lower
 from fp4fx.quantize import quantize
 from fp4fx.report import Report, report
+from fp4fx.sensitivity import Sensitivity, sensitivity
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "BudgetError",
     "CalibrationError",
     "CheckpointError",
     "Error",
@@ -47,6 +50,7 @@ __all__ = [
     "Policy",
     "PolicyError",
     "Report",
+    "Sensitivity",
     "TraceError",
     "calibrate",
     "explain",
@@ -57,4 +61,5 @@ __all__ = [
     "quantize",
     "report",
     "save",
+    "sensitivity",
 ]

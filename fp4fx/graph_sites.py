@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 from fp4fx.dataflow import (
     CUTS,
+    DROPOUTS,
     IDENTITIES,
     PADS,
     RESHAPES,
@@ -80,6 +81,7 @@ PRODUCT = ComputeOp("linear", "rows")
 RECURRENT = frozenset(f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell"))
 NO_RECURRENT = "recurrent layers are not supported yet"
 COPIES = frozenset({"expand", "expand_as", "repeat", "index"})
+RECTIFIERS = frozenset({"relu", "relu_", "relu6", "relu6_"})
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def find_sites(
             names = (name, *tied.get(name, ()))
             owned = called_in in stock and called_in in {n.rpartition(".")[0] for n in names}
             shape = weight.shapes[name]
+            normed_by, rectified = _made_by(activation, parameters)
             site = Site(
                 parameter=name,
                 op=compute.op,
@@ -143,6 +146,8 @@ def find_sites(
                 called_in=called_in,
                 own_input=owned and use.last and isinstance(activation, Node) and comes_with_call(activation, node),
                 activation=number,
+                normed_by=normed_by,
+                rectified=rectified,
                 tied=names[1:],
                 transform=weight.transform,
                 refusal=weight.refusal,
@@ -316,6 +321,22 @@ def comes_with_call(activation: Node, node: Node) -> bool:
             return False
         activation = activation.all_input_nodes[0]
     return True
+
+
+def _made_by(activation: Any, parameters: Mapping[Node, str]) -> tuple[str, bool]:
+    """The weight of the normalisation that made an activation, "" if none did; and whether a ReLU lies between."""
+    node, rectified = activation, False
+    while isinstance(node, Node) and node.op != "placeholder" and node.all_input_nodes:
+        compute, name = COMPUTE_OPS.get(node.target), op_name(node)
+        if compute is not None:
+            weight = argument(node, compute.weight)
+            return parameters.get(weight, "") if compute.op == "norm" and isinstance(weight, Node) else "", rectified
+        rectifies = name in RECTIFIERS or (name.rstrip("_") == "hardtanh" and argument(node, 1) == 0)
+        rectified |= rectifies
+        if not rectifies and name not in VIEWS | DROPOUTS | PADS:
+            break
+        node = node.all_input_nodes[0]
+    return "", rectified
 
 
 def _with_siblings(sites: Sequence[Site]) -> tuple[Site, ...]:

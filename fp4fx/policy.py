@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fp4fx.errors import PolicyError
 from fp4fx.patterns import Pattern, check, literal, require_match
 from fp4fx.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Weights = Literal["nvfp4"] | None
 Activations = Literal["nvfp4", "nvfp4-static"] | None
@@ -34,7 +37,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _FLAGS = ("skip_norms", "depthwise", "embeddings")
 _COUNTS = ("skip_first", "skip_last", "min_numel", "min_channels")
 _THRESHOLDS = ("max_kurtosis", "min_sqnr")
-_OF_THE_MODEL = ("skip_first", "skip_last", "include", "exclude", "overrides", "on_fallback")
+_OF_THE_MODEL = ("skip_first", "skip_last", "include", "exclude", "keep", "overrides", "on_fallback")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,8 @@ class Policy:
     """If not empty, only sites that match one of these patterns (see `fp4fx.patterns`) may be quantized."""
     exclude: tuple[Pattern, ...] = ()
     """Keep the sites that match one of these patterns."""
+    keep: tuple[tuple[Pattern, str], ...] = ()
+    """Pattern -> why the sites that match it are kept, as a mapping or pairs; the plan shows the reason."""
     overrides: tuple[tuple[Pattern, Changes], ...] = ()
     """Pattern -> changed fields, as a mapping or pairs; the first pattern that matches a site gives it its own version
     of the policy. What is about the whole model (skip_first/last, include, exclude, on_fallback) cannot be changed."""
@@ -108,6 +113,7 @@ class Policy:
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if isinstance(self.block, list):
             object.__setattr__(self, "block", tuple(self.block))
+        object.__setattr__(self, "keep", _reasons(self.keep))
         object.__setattr__(self, "overrides", _pairs(self.overrides))
         _check_values(self)
         if self.weights is None and self.activations is not None:
@@ -162,6 +168,45 @@ class Policy:
         return cls.from_dict({"include": ("op:conv*",), "skip_first": 0, "skip_last": 1, **changes})
 
     @classmethod
+    def for_budget(
+        cls,
+        model: nn.Module,
+        *,
+        bits: float | None = None,
+        sqnr: float | None = None,
+        accuracy_drop: float | None = None,
+        batches: Iterable[Any] | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        policy: Policy | None = None,
+    ) -> Policy:
+        """The policy that keeps the sites which NVFP4 costs most, within a budget; the reasons are in its `keep`.
+
+        Sites that read one activation (q/k/v) are decided together. Their costs are added up and the least sum is
+        found by integer programming: with `batches` the error of the model's output with the group alone in NVFP4,
+        with a `loss` too the Fisher score of `fp4fx.sensitivity`, without data the noise of the layers' own outputs.
+
+        Args:
+            model: Dense; it is only read.
+            bits: At most so many bits per parameter, as stored, on average over all sites of the model.
+            sqnr: At least so many dB between the model's output and its change, measured on `batches`.
+            accuracy_drop: At most so much less of what `evaluate` returns than the dense model has.
+            batches: Inputs as `fp4fx.sensitivity` takes them, held in memory; with a loss pairs (inputs, target).
+            evaluate: `evaluate(model)` gives a number, higher is better.
+            loss: `loss(output, target)` gives a scalar.
+            policy: Of which sites, and how they are quantized; its `skip_first` and `skip_last` do not count.
+
+        Raises:
+            BudgetError: The budget cannot be met; says the best that can.
+            PolicyError: Not exactly one of the three budgets, or nothing to measure it by.
+            CalibrationError: The data are not what the model takes, or `evaluate` or the loss is not finite.
+        """
+        from fp4fx.budget import choose  # noqa: PLC0415  (which needs policies)
+
+        budget = {"bits": bits, "sqnr": sqnr, "accuracy_drop": accuracy_drop}
+        return choose(model, **budget, batches=batches, evaluate=evaluate, loss=loss, policy=policy).policy
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Policy:
         """The policy with these fields; fields that are not given keep their defaults."""
         if not isinstance(data, Mapping):
@@ -180,7 +225,7 @@ class Policy:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain JSON-ready values; PolicyError for a callable pattern, which has no such form."""
-        for pattern in (*self.include, *self.exclude, *(p for p, _ in self.overrides)):
+        for pattern in (*self.include, *self.exclude, *(p for p, _ in (*self.keep, *self.overrides))):
             if callable(pattern):
                 raise PolicyError(
                     f"Policy.to_dict: the pattern {pattern!r} is a callable and cannot be written down; "
@@ -190,6 +235,7 @@ class Policy:
             **{field.name: getattr(self, field.name) for field in fields(self)},
             "include": list(self.include),
             "exclude": list(self.exclude),
+            "keep": [list(pair) for pair in self.keep],
             "overrides": [[pattern, {k: _plain(v) for k, v in changes}] for pattern, changes in self.overrides],
             "block": list(self.block),
         }
@@ -199,6 +245,7 @@ class Policy:
         for name, patterns, also in (
             ("include", self.include, ()),
             ("exclude", self.exclude, tuple(others)),
+            ("keep", tuple(pattern for pattern, _ in self.keep), tuple(others)),
             ("overrides", tuple(pattern for pattern, _ in self.overrides), ()),
         ):
             for pattern in patterns:
@@ -213,6 +260,7 @@ class Policy:
             self,
             include=tuple(literal(p, sites) for p in self.include),
             exclude=tuple(literal(p, sites) for p in self.exclude),
+            keep=tuple({literal(p, sites): why for p, why in reversed(self.keep)}.items())[::-1],
             overrides=tuple(overrides.items()),
         )
 
@@ -229,6 +277,19 @@ def _patterns(name: str, value: Any) -> tuple[Pattern, ...]:
     for pattern in value:
         check(pattern, f"Policy.{name}")
     return tuple(value)
+
+
+def _reasons(value: Any) -> tuple[tuple[Pattern, str], ...]:
+    """A mapping or pairs of pattern and reason, as pairs."""
+    where = "Policy.keep"
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, list | tuple) or not all(
+        isinstance(p, list | tuple) and len(p) == 2 and isinstance(p[1], str) for p in pairs
+    ):
+        raise PolicyError(f"{where}: found {value!r}, expected {{pattern: reason}}")
+    for pattern, _ in pairs:
+        check(pattern, where)
+    return tuple((pattern, why) for pattern, why in pairs)
 
 
 def _pairs(value: Any) -> tuple[tuple[Pattern, Changes], ...]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fp4fx.errors import PlanError
-from fp4fx.patterns import first_match
+from fp4fx.patterns import first_match, matches
 from fp4fx.policy import Policy
 from fp4fx.site import Site
 
@@ -53,6 +53,10 @@ def _skip_norms(site: Site, policy: Policy, context: Context) -> str | None:
 def _exclude(site: Site, policy: Policy, context: Context) -> str | None:
     pattern = first_match(policy.exclude, site)
     return None if pattern is None else f"matches {pattern!r}"
+
+
+def _keep(site: Site, policy: Policy, context: Context) -> str | None:
+    return next((why for pattern, why in policy.keep if matches(pattern, site)), None)
 
 
 def _include(site: Site, policy: Policy, context: Context) -> str | None:
@@ -138,6 +142,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("refusal", _refusal),  # of the trace, not of the policy: nothing else can be said about such a site
     ("skip_norms", _skip_norms),  # before the patterns, so that norms fold into one line whatever the patterns say
     ("exclude", _exclude),  # what the user said by name comes before what the user said in general
+    ("keep", _keep),
     ("include", _include),
     ("weights", _weights),
     ("embeddings", _embeddings),

@@ -54,6 +54,11 @@ class Site:
     """Number of the activation read by the op; sites of one number are siblings (q/k/v, gate/up). -1: unknown."""
     siblings: tuple[str, ...] = ()
     """Parameters of the other linears and convolutions that read the same activation, in execution order."""
+    normed_by: str = ""
+    """The weight of the normalisation that made the activation, with nothing behind it but ReLU, dropout, casts,
+    padding and views; "": another op made it, or one without a weight."""
+    rectified: bool = False
+    """True if a ReLU is among what lies between the activation and the op that made it."""
     tied: tuple[str, ...] = ()
     """Other qualified names of the very same tensor."""
     transform: str | None = None

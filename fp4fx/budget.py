@@ -1,0 +1,370 @@
+"""Which sites to keep in high precision so that a model meets a budget at the least cost: an integer programme.
+
+What NVFP4 costs is taken as a sum over groups of sites that are decided together. With data a group's part is the
+error of the model's output with that group alone in NVFP4, or with a loss the group's Fisher score (as in NVIDIA
+ModelOpt's auto_quantize); without data it is the noise over signal of its layers' outputs. The programme is solved
+exactly; a budget in dB or in accuracy is searched for with measurements of the whole model.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fp4fx.batches import Batch, checked, tensors
+from fp4fx.effective import settled
+from fp4fx.errors import BudgetError, CalibrationError, PolicyError
+from fp4fx.packed import INPUT_SCALE, plan_of
+from fp4fx.plan import Decision, Plan
+from fp4fx.policy import Policy
+from fp4fx.quantize import apply, quantize
+from fp4fx.sensitivity import Loss, decibels, measure
+
+log = logging.getLogger(__name__)
+
+STEPS = 10
+"""Measurements of the whole model in a search."""
+SLACK = 1e-9
+"""Relative tolerance of a sum in floating point."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are decided together: uses of one tensor, and readers of one activation (q/k/v)."""
+
+    parameters: tuple[str, ...]
+    numel: int
+    packed: int
+    """Bytes in NVFP4."""
+    dense: int
+    """Bytes as they are."""
+    score: float = 0.0
+    """What NVFP4 costs here, in the unit of the score."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The groups to keep, of least cost."""
+
+    kept: tuple[bool, ...]
+    gap: float
+    """How far from the optimum it may be, relative; 0 is proven optimal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was chosen for a budget."""
+
+    policy: Policy
+    score: str
+    """What the groups were judged by."""
+    groups: tuple[Group, ...]
+    kept: tuple[bool, ...]
+    bits: float
+    """Mean bits per parameter over all sites."""
+    measured: float | None
+    """Of the whole model: SQNR in dB, or the drop of accuracy; None where neither was asked for."""
+    gap: float
+
+
+def choose(
+    model: nn.Module,
+    *,
+    bits: float | None = None,
+    sqnr: float | None = None,
+    accuracy_drop: float | None = None,
+    batches: Iterable[Any] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    loss: Loss | None = None,
+    policy: Policy | None = None,
+) -> Choice:
+    """What `Policy.for_budget` does, with the groups, their scores and the proof; see there."""
+    target = _Target(bits, sqnr, accuracy_drop)
+    target.check(batches, evaluate)
+    base = replace(Policy() if policy is None else policy, skip_first=0, skip_last=0)
+    data = _several(batches, model, loss)
+    example = (data[0].args, dict(data[0].kwargs)) if data else (None, None)
+    packed = quantize(model, base, *example)
+    whole = plan_of(packed)
+    assert whole is not None
+    if not whole.quantized:
+        reasons = "; ".join(f"{d.site.parameter}: {d.reason}" for d in whole.kept[:3])
+        raise BudgetError(f"{target}: the policy keeps every site whatever the budget; {reasons}")
+    budget = _Budget(model, whole, packed, data)
+    if data and loss is None:
+        unit, groups = "output error", budget.alone()
+    else:
+        unit = "Fisher score" if loss is not None else "noise over signal"
+        groups = budget.by_layer(packed, loss)
+    if bits is not None:
+        solution, measured = budget.within_bits(groups, target), None
+    elif sqnr is not None:
+        solution, measured = budget.search(groups, target, budget.output_sqnr, lambda v: v >= sqnr)
+    else:
+        assert evaluate is not None and accuracy_drop is not None
+        before = _accuracy(evaluate, model)
+        solution, measured = budget.search(
+            groups, target, lambda m: before - _accuracy(evaluate, m), lambda v: v <= accuracy_drop
+        )
+    found = budget.bits(groups, solution.kept)
+    what = f"{target}: {found:.3f} bits" + ("" if measured is None else f", {measured:.4g} measured")
+    log.info("%s, %d of %d groups kept, gap %.2g", what, sum(solution.kept), len(groups), solution.gap)
+    return Choice(
+        policy=_with_reasons(base, groups, solution, unit, what),
+        score=unit,
+        groups=groups,
+        kept=solution.kept,
+        bits=found,
+        measured=measured,
+        gap=solution.gap,
+    )
+
+
+@dataclass(frozen=True)
+class _Target:
+    bits: float | None
+    sqnr: float | None
+    accuracy_drop: float | None
+
+    def __str__(self) -> str:
+        name, value = next((n, v) for n, v in self.__dict__.items() if v is not None)
+        return f"{name}={value:g}"
+
+    def check(self, batches: object, evaluate: object) -> None:
+        given = {name: value for name, value in self.__dict__.items() if value is not None}
+        if len(given) != 1:
+            found = ", ".join(given) or "none"
+            raise PolicyError(f"Policy.for_budget: found {found}, expected one of bits, sqnr and accuracy_drop")
+        for name, value in given.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (name == "bits" and value == 0):
+                raise PolicyError(f"Policy.for_budget: found {name}={value!r}, expected a finite number, 0 or more")
+        if self.sqnr is not None and batches is None:
+            raise PolicyError("Policy.for_budget: sqnr is measured, found no batches; pass inputs of the model")
+        if self.accuracy_drop is not None and evaluate is None:
+            raise PolicyError(
+                "Policy.for_budget: accuracy_drop is measured, found no evaluate; pass evaluate(model) -> float, "
+                "higher is better"
+            )
+
+
+class _Budget:
+    """One model with everything in NVFP4 that may be, and the ways to measure parts of it."""
+
+    def __init__(self, model: nn.Module, plan: Plan, packed: nn.Module, data: Sequence[Batch]) -> None:
+        self.model, self.plan, self.data = model, plan, data
+        self.scales = {
+            path: module.get_buffer(INPUT_SCALE)
+            for path, module in packed.named_modules()
+            if INPUT_SCALE in module._buffers
+        }
+        sites = {d.site.parameter: d.site for d in plan.decisions}
+        dense, _ = settled(model)
+        sizes = {name: p.element_size() for name, p in dense.named_parameters()}
+        self.numel = sum(site.numel for site in sites.values())
+        self.groups = tuple(_groups(plan.quantized, sizes))
+        chosen = {name for group in self.groups for name in group.parameters}
+        self.fixed = sum(site.numel * sizes[name] for name, site in sites.items() if name not in chosen)
+        """Bytes of what the policy keeps in any case."""
+        with torch.no_grad():
+            self.outputs = [[t.clone() for t in tensors(batch.run(model))] for batch in data]
+
+    def bits(self, groups: Sequence[Group], kept: Sequence[bool]) -> float:
+        """Mean bits per parameter over all sites."""
+        nbytes = sum(g.dense if keep else g.packed for g, keep in zip(groups, kept, strict=True))
+        return (self.fixed + nbytes) * 8 / self.numel
+
+    def with_only(self, parameters: Iterable[str]) -> nn.Module:
+        """The model with these parameters in NVFP4 and no others."""
+        names = set(parameters)
+        decisions = tuple(d for d in self.plan.decisions if d.site.parameter in names)
+        return apply(self.model, replace(self.plan, decisions=decisions), input_scales=self.scales)
+
+    def quantized(self, groups: Sequence[Group], kept: Sequence[bool]) -> nn.Module:
+        """The model with every group in NVFP4 that is not kept."""
+        return self.with_only(p for g, keep in zip(groups, kept, strict=True) if not keep for p in g.parameters)
+
+    @torch.no_grad()
+    def error(self, candidate: nn.Module) -> float:
+        """Sum of squares of the change of the model's output, over the data."""
+        noise = 0.0
+        for batch, outputs in zip(self.data, self.outputs, strict=True):
+            pairs = zip(tensors(batch.run(candidate)), outputs, strict=True)
+            noise += sum(_energy(y.float() - x.float()) for y, x in pairs if x.is_floating_point())
+        return noise
+
+    def output_sqnr(self, candidate: nn.Module) -> float:
+        """Signal over noise of the model's output in dB."""
+        signal = sum(_energy(x.float()) for outputs in self.outputs for x in outputs if x.is_floating_point())
+        return decibels(signal, self.error(candidate))
+
+    def alone(self) -> tuple[Group, ...]:
+        """The groups, each with the error of the model's output with it alone in NVFP4."""
+        bar = tqdm(self.groups, desc="each group alone", unit="group", disable=None, leave=False)
+        return tuple(replace(group, score=self.error(self.with_only(group.parameters))) for group in bar)
+
+    def by_layer(self, packed: nn.Module, loss: Loss | None) -> tuple[Group, ...]:
+        """The groups, each with the sum of its sites' Fisher scores, or without a loss of their noise over signal."""
+        rows = measure(self.model, packed, self.plan, self.data or None, loss).rows
+        for row in rows:
+            if row.output_sqnr is None:
+                log.warning("%s: not reached by the data, so that its score is 0", row.parameter)
+        scores = {
+            row.parameter: row.fisher if row.fisher is not None else 10 ** (-(row.output_sqnr or 0.0) / 10)
+            for row in rows
+        }
+        return tuple(replace(group, score=sum(scores[p] for p in group.parameters)) for group in self.groups)
+
+    def within_bits(self, groups: Sequence[Group], target: _Target) -> Solution:
+        """The least score within so many bits."""
+        assert target.bits is not None
+        least = self.bits(groups, [g.dense < g.packed for g in groups])
+        if target.bits < least - SLACK:
+            raise BudgetError(f"{target}: the best that can be met is {least:.3f} bits; {self._what_is_kept()}")
+        limit = math.floor(target.bits * self.numel / 8 + SLACK * self.numel) - self.fixed
+        return solve(groups, nbytes=limit)
+
+    def _what_is_kept(self) -> str:
+        """The largest parameters that the policy keeps whatever the budget, for a message."""
+        chosen = {name for group in self.groups for name in group.parameters}
+        left = {d.site.parameter: d for d in self.plan.decisions if d.site.parameter not in chosen}
+        largest = sorted(left.values(), key=lambda d: -d.site.numel)[:3]
+        if not largest:
+            return "every site is in NVFP4 there"
+        return "the policy keeps " + "; ".join(f"{d.site.parameter} ({d.reason})" for d in largest)
+
+    def search(
+        self,
+        groups: Sequence[Group],
+        target: _Target,
+        value: Callable[[nn.Module], float],
+        good: Callable[[float], bool],
+    ) -> tuple[Solution, float]:
+        """The fewest bytes whose measured value is good: by bisection of the sum of scores that is allowed.
+
+        The best that is good so far is kept, so that a value that is not monotonous costs bytes and breaks no promise.
+        """
+        seen: dict[tuple[bool, ...], float] = {}
+
+        def trial(limit: float) -> tuple[Solution, float]:
+            solution = solve(groups, score=limit)
+            if solution.kept not in seen:
+                bar.update()
+                seen[solution.kept] = value(self.quantized(groups, solution.kept))
+            return solution, seen[solution.kept]
+
+        scores = sorted(g.score for g in groups)
+        low, high = max(scores[0], scores[-1] * 1e-12), max(sum(scores), scores[-1] * 1e-12)
+        with tqdm(total=STEPS, desc=f"search {target}", unit="model", disable=None, leave=False) as bar:
+            best = trial(high)
+            if good(best[1]):
+                return best
+            best = trial(low)
+            if not good(best[1]):
+                names = [p for g, keep in zip(groups, best[0].kept, strict=True) if not keep for p in g.parameters]
+                raise BudgetError(
+                    f"{target}: the best that was found is {best[1]:.4g}, with only {', '.join(names)} in NVFP4; "
+                    "keep the model as it is, or allow more"
+                )
+            for _ in range(STEPS - 2):
+                middle = math.sqrt(low * high)
+                found = trial(middle)
+                low, high = (middle, high) if good(found[1]) else (low, middle)
+                if good(found[1]) and self.bits(groups, found[0].kept) <= self.bits(groups, best[0].kept):
+                    best = found
+        return best
+
+
+def solve(groups: Sequence[Group], *, nbytes: float | None = None, score: float | None = None) -> Solution:
+    """The groups to keep so that the score of the others is least within `nbytes`, or the bytes within `score`.
+
+    Solved by SciPy's `milp` (HiGHS) to the optimum.
+    """
+    from scipy import optimize  # noqa: PLC0415  (takes most of a second to import)
+
+    scores = [g.score for g in groups]
+    sizes = [g.dense - g.packed for g in groups]
+    scale, size = max(scores) or 1.0, max(map(abs, sizes)) or 1
+    relative = [s / scale for s in scores]
+    if nbytes is not None:
+        cost, weight = [-s for s in relative], [s / size for s in sizes]
+        limit, low = (nbytes - sum(g.packed for g in groups)) / size, -math.inf
+    else:
+        assert score is not None
+        cost, weight = [s / size for s in sizes], relative
+        limit, low = math.inf, sum(relative) - score / scale * (1 + SLACK)
+    while True:
+        found = optimize.milp(
+            cost,
+            constraints=optimize.LinearConstraint([weight], low, limit),
+            bounds=optimize.Bounds(0, 1),
+            integrality=[1] * len(groups),
+            options={"mip_rel_gap": 0.0},
+        )
+        if found.x is None:
+            raise BudgetError(f"the solver found no choice of {len(groups)} groups: {found.message}")
+        kept = tuple(bool(x > 0.5) for x in found.x)
+        taken = sum(w for w, keep in zip(weight, kept, strict=True) if keep)
+        if nbytes is None or taken <= limit + 1e-12:
+            return Solution(kept, float(found.mip_gap or 0.0))
+        limit -= 1e-6  # the solver's own tolerance, of which a budget in bytes allows none
+
+
+def _groups(decisions: Sequence[Decision], sizes: dict[str, int]) -> Iterator[Group]:
+    """The parameters to be quantized, those that belong together in one group, in execution order."""
+    sites = {d.site.parameter: d for d in decisions}
+    together: dict[str, list[str]] = {name: [name] for name in sites}
+    for decision in decisions:
+        for other in decision.site.siblings:
+            mine, theirs = together[decision.site.parameter], together.get(other)
+            if theirs is None or theirs is mine:
+                continue
+            mine.extend(theirs)
+            together.update(dict.fromkeys(theirs, mine))
+    for names in {id(members): members for members in together.values()}.values():
+        of = [sites[name] for name in names]
+        numel = sum(d.site.numel for d in of)
+        dense = sum(d.site.numel * sizes[d.site.parameter] for d in of)
+        yield Group(tuple(names), numel, sum(d.nbytes for d in of), dense)
+
+
+def _several(batches: Iterable[Any] | None, model: nn.Module, loss: Loss | None) -> list[Batch]:
+    """The batches in memory: they are read once for every group and candidate."""
+    if batches is None:
+        if loss is not None:
+            raise CalibrationError("Policy.for_budget: found a loss and no batches, expected pairs (inputs, target)")
+        return []
+    return list(checked(batches, model, targets=loss is not None))
+
+
+def _with_reasons(base: Policy, groups: Sequence[Group], solution: Solution, unit: str, what: str) -> Policy:
+    """The policy that keeps the groups of a solution, each parameter with what speaks for it."""
+    total_score, total = sum(g.score for g in groups) or 1.0, sum(g.numel for g in groups)
+    kept: dict[Any, str] = dict(base.keep)
+    for group, keep in zip(groups, solution.kept, strict=True):
+        for name in group.parameters if keep else ():
+            others = [other for other in group.parameters if other != name]
+            kept[name] = (
+                f"{group.score / total_score:.1%} of the {unit} for {group.numel / total:.1%} of the values"
+                + (f", with {', '.join(others)}" if others else "")
+                + f" ({what}, gap {solution.gap:.2g})"
+            )
+    return replace(base, keep=tuple(kept.items()))
+
+
+def _accuracy(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+    value = float(evaluate(model))
+    if not math.isfinite(value):
+        raise CalibrationError(f"Policy.for_budget: evaluate gave {value}, expected a finite number, higher is better")
+    return value
+
+
+def _energy(x: Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))
