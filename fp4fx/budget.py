@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 STEPS = 10
 """Measurements of the whole model in a search."""
+LOUDEST = 60.0
+"""dB of noise over signal from which on an output counts as lost."""
 SLACK = 1e-9
 """Relative tolerance of a sum in floating point."""
 
@@ -213,13 +215,12 @@ class _Budget:
     def by_layer(self, packed: nn.Module, loss: Loss | None) -> tuple[Group, ...]:
         """The groups, each with the sum of its sites' Fisher scores, or without a loss of their noise over signal."""
         rows = measure(self.model, packed, self.plan, self.data or None, loss).rows
+        scores: dict[str, float] = {}
         for row in rows:
             if row.output_sqnr is None:
-                log.warning("%s: not reached by the data, so that its score is 0", row.parameter)
-        scores = {
-            row.parameter: row.fisher if row.fisher is not None else 10 ** (-(row.output_sqnr or 0.0) / 10)
-            for row in rows
-        }
+                log.warning("%s: %s, so that its score is 0", row.parameter, row.inputs)
+            noise = -math.inf if row.output_sqnr is None else -row.output_sqnr
+            scores[row.parameter] = 10 ** (min(noise, LOUDEST) / 10) if row.fisher is None else row.fisher
         return tuple(replace(group, score=sum(scores[p] for p in group.parameters)) for group in self.groups)
 
     def within_bits(self, groups: Sequence[Group], target: _Target) -> Solution:

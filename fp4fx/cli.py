@@ -1,4 +1,4 @@
-"""The command `fp4fx`: quantize, plan, report, bench, demo.
+"""The command `fp4fx`: quantize, plan, report, sensitivity, bench, demo.
 
 Results go to stdout, progress to stderr. Exit codes: 0 done, 1 an error of fp4fx (message on stderr), 2 wrong usage.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from fp4fx.plan import plan
 from fp4fx.policy import Policy
 from fp4fx.quantize import quantize
 from fp4fx.report import report
+from fp4fx.sensitivity import sensitivity
 
 MODEL = "timm:NAME, torchvision:NAME, or module:callable (imported, also from the current directory, and called)"
 EXAMPLES = """\
@@ -33,6 +35,7 @@ examples:
   fp4fx quantize my_package.models:make_unet --preset segmentation --input-shape 1,3,256,256 --out unet.safetensors
   fp4fx quantize timm:vit_base_patch16_224 --set 'max_kurtosis=10' --set 'exclude=["head"]' --out vit.safetensors
   fp4fx report timm:resnet50 resnet50.safetensors --compile
+  fp4fx sensitivity timm:resnet50 --data images.npy --plot resnet50.png
   fp4fx bench torchvision:resnet18 --rounds 30 --json > resnet18.json
 
 exit codes: 0 done, 1 an error of fp4fx (message on stderr), 2 wrong usage
@@ -82,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="what `fp4fx quantize` wrote for this model")
     _add_policy(parser)
     parser.add_argument("--compile", action="store_true", help="compile and run it once, to name the kernels too")
+
+    parser = command(_sensitivity, "show what NVFP4 does to each layer alone: to its weight and to its output")
+    _add_model(parser, pretrained=True)
+    _add_policy(parser)
+    parser.add_argument("--data", type=Path, metavar="FILE.npy", help="inputs of the model, one array [N, ...]")
+    parser.add_argument("--batch", type=_count, default=32, metavar="N", help="inputs per forward (32)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it: a PNG, SVG or PDF file (needs matplotlib)")
 
     parser = command(_bench, "time a model: eager, Inductor and fp4fx, in fp32 and bf16, alternated")
     _add_model(parser, pretrained=False)
@@ -207,6 +217,32 @@ def _report(args: argparse.Namespace) -> None:
         _print_json(explained.to_dict())
     else:
         print(explained)
+
+
+def _sensitivity(args: argparse.Namespace) -> None:
+    if args.plot is not None and not args.plot.parent.is_dir():
+        _refuse(args, f"--plot: there is no folder {args.plot.parent}")
+    data = _data(args)
+    if data is None and args.input_shape is not None:
+        data = [_noise(args.input_shape)]
+    policy = _policy(args) if args.policy or args.preset or args.set else None
+    found = sensitivity(create(args.model, pretrained=args.pretrained), data, policy=policy)
+    if args.plot is not None:
+        found.plot(args.plot)
+    print(found.to_json() if args.json else found)
+
+
+def _data(args: argparse.Namespace) -> Sequence[Any] | None:
+    """Batches of the array in the file asked for, or None."""
+    if args.data is None:
+        return None
+    try:
+        array = np.load(args.data, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        _refuse(args, f"--data: {args.data} cannot be read as an array of numpy: {error}")
+    if not isinstance(array, np.ndarray) or not array.ndim:
+        _refuse(args, f"--data: {args.data} holds no array [N, ...]")
+    return list(torch.split(torch.from_numpy(array), args.batch))
 
 
 def _bench(args: argparse.Namespace) -> None:
