@@ -28,7 +28,7 @@ class Batch:
         """The model's output.
 
         Raises:
-            CalibrationError: the model does not take these arguments, or gives NaN or Inf for them.
+            CalibrationError: the model does not take these arguments, or gives NaN for them.
         """
         try:
             output = model(*self.args, **self.kwargs)
@@ -40,10 +40,10 @@ class Batch:
                 "give what its forward takes"
             ) from error
         for tensor in tensors(output):
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            if tensor.is_floating_point() and bool(tensor.isnan().any()):
                 raise CalibrationError(
-                    f"batch {self.number}: found NaN or Inf in the model's output, expected finite values; "
-                    "leave this batch out, or repair the model"
+                    f"batch {self.number}: found NaN in the model's output, expected numbers; leave this batch out, or "
+                    "repair the model"
                 )
         return output
 
@@ -58,7 +58,7 @@ def checked(batches: Any, model: nn.Module, *, targets: bool = False) -> Iterato
         targets: a batch is a pair.
 
     Raises:
-        CalibrationError: there is no batch; or one is of another form, empty, not finite, or on another device.
+        CalibrationError: there is no batch; or one is of another form, empty, has a NaN, or is on another device.
     """
     if model.training:
         raise CalibrationError("found a model in training mode, expected evaluation; call model.eval()")
@@ -117,9 +117,8 @@ def _check(batch: Batch, devices: Iterable[Any]) -> None:
             raise CalibrationError(
                 f"batch {batch.number}: found a tensor on {tensor.device}, the model is on {where}; move one of them"
             )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            bad = int(tensor.numel() - tensor.isfinite().sum())
+        if tensor.is_floating_point() and (bad := int(tensor.isnan().sum())):
             raise CalibrationError(
-                f"batch {batch.number}: found {bad} NaN or Inf among {tensor.numel()} values of a tensor of shape "
-                f"{tuple(tensor.shape)}, expected finite values; repair the data or leave this batch out"
+                f"batch {batch.number}: found {bad} NaN among {tensor.numel()} values of a tensor of shape "
+                f"{tuple(tensor.shape)}, expected none; repair the data or leave this batch out"
             )

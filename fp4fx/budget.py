@@ -200,6 +200,11 @@ class _Budget:
         for batch, outputs in zip(self.data, self.outputs, strict=True):
             pairs = zip(tensors(batch.run(candidate)), outputs, strict=True)
             noise += sum(_energy(y.float() - x.float()) for y, x in pairs if x.is_floating_point())
+            if not math.isfinite(noise):
+                raise CalibrationError(
+                    f"batch {batch.number}: found NaN or Inf in the model's output, expected finite values to compare; "
+                    "leave this batch, or what is not finite, out"
+                )
         return noise
 
     def output_sqnr(self, candidate: nn.Module) -> float:

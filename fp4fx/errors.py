@@ -28,20 +28,16 @@ class NonFiniteWeightError(Error, ValueError):
     """A weight that was to be quantized holds NaN or Inf."""
 
 
-class CalibrationError(Error, ValueError):
-    """Calibration data are empty, not finite, on another device, or not what the model takes."""
-
-
-class BudgetError(Error, ValueError):
-    """No choice of layers meets a budget; says the best that one does."""
-
-
 class CheckpointError(Error, ValueError):
     """A checkpoint is damaged, of another format or version, or does not fit the model."""
 
 
 class CalibrationError(Error, ValueError):
     """Calibration data, or the model to be calibrated, cannot be used as it is."""
+
+
+class BudgetError(Error, ValueError):
+    """No choice of layers meets a budget; says the best that one does."""
 
 
 class BackendError(Error):

@@ -159,7 +159,7 @@ def sensitivity(
             it quantizes activations, the errors are those of W4A4.
 
     Raises:
-        CalibrationError: the data are empty, not finite, on another device, or not what the model takes.
+        CalibrationError: the data are empty, hold a NaN, are on another device, or not what the model takes.
         PlanError: the policy quantizes nothing, or the model is quantized already.
         Error: what `fp4fx.quantize` raises.
     """

@@ -1,6 +1,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -150,6 +151,14 @@ def test_wrong_usage_is_exit_code_2(capsys, argv, expected):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_data_that_cannot_be_read_is_wrong_usage(capsys, folder):
+    (folder / "x.npy").write_text("no array")
+    np.savez(folder / "x.npz", x=np.zeros(3))
+    assert "there is no folder" in usage(capsys, "sensitivity", "net_for_cli:net", "--plot", "none/x.png")
+    for file, expected in (("x.npy", "cannot be read"), ("none.npy", "cannot be read"), ("x.npz", "holds no array")):
+        assert expected in usage(capsys, "sensitivity", "net_for_cli:net", "--data", file)
+
+
 def test_bench_on_a_device_that_is_not_there(capsys):
     assert "no CUDA device" in usage(capsys, "bench", "net_for_cli:net", "--input-shape", "1,32", "--device", "cuda")
 
@@ -180,6 +189,22 @@ def test_report_of_a_model_quantized_now_names_kernels_once_compiled(capsys):
     assert code == 0
     (row,) = (r for r in json.loads(out)["rows"] if r["decision"] == "W4A16")
     assert row["kernels"]
+
+
+def test_sensitivity_without_data_on_noise_and_on_a_file(capsys, folder):
+    code, out, err = run(capsys, "sensitivity", "net_for_cli:net")
+    assert (code, err) == (0, "")
+    assert "unit normal, ReLU" in out and "norm, ReLU" in out
+    noise = run(capsys, "sensitivity", "net_for_cli:net", "--input-shape", "40,32", "--json")
+    np.save(folder / "x.npy", torch.randn((40, 32), generator=torch.Generator().manual_seed(0)).numpy())
+    given = run(capsys, "sensitivity", "net_for_cli:net", "--data", "x.npy", "--batch", 16, "--json")
+    for _, out, _ in (noise, given):
+        assert {row["inputs"] for row in json.loads(out)["rows"]} == {"data"}
+    ours, theirs = (json.loads(out)["rows"][0]["output_sqnr"] for _, out, _ in (noise, given))
+    assert ours == pytest.approx(theirs)  # the same values, in one batch and in three
+    _, out, _ = run(capsys, "sensitivity", "net_for_cli:net", "--preset", "w4a4", "--plot", "figure.svg")
+    assert "kept: first.weight: first of 3" in out and "W4A4" in out
+    assert "<svg" in (folder / "figure.svg").read_text()
 
 
 def test_bench_measures_all_candidates(capsys):

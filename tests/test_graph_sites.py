@@ -191,6 +191,34 @@ def test_a_buffer_in_the_weight_is_no_activation():
     assert (site.transform, site.refusal) == ("mul", None)
 
 
+@pytest.mark.parametrize(
+    ("between", "normed_by", "rectified"),
+    [
+        ([], "g", False),
+        ([aten.relu.default], "g", True),
+        ([aten.dropout.default, aten.relu_.default, aten.flatten.using_ints], "g", True),
+        ([aten.gelu.default], "", False),
+        ([aten.relu.default, aten.gelu.default], "", False),
+        ([aten.gelu.default, aten.relu.default], "", True),
+    ],
+)
+def test_the_normalisation_ahead_of_an_activation(between, normed_by, rectified):
+    d = Draft(w=(6, 5), g=(5,))
+    x = d.call(aten.layer_norm.default, d.x, [5], d.g)
+    for op in between:
+        x = d.call(op, x)
+    d.call(aten.linear.default, x, d.w, None)
+    site = d.find().sites[-1]
+    assert (site.parameter, site.normed_by, site.rectified) == ("w", normed_by, rectified)
+
+
+@pytest.mark.parametrize(("low", "rectified"), [(0.0, True), (-1.0, False)])
+def test_a_clamp_from_zero_is_a_rectifier(low, rectified):
+    d = Draft(w=(6, 5))
+    d.call(aten.linear.default, d.call(aten.hardtanh.default, d.x, low, 6.0), d.w, None)
+    assert d.site().rectified is rectified
+
+
 def test_siblings_read_one_activation():
     d = Draft(q=(6, 5), k=(6, 5), o=(5, 6), n=(5,))
     d.call(aten.layer_norm.default, d.x, [5], d.n, None, 1e-5, True)

@@ -85,6 +85,8 @@ def test_the_default_policy_on_one_site_of_each_kind():
         ({"depthwise": True}, "dw", "quantized", ""),
         ({"weights": None}, "mid", "weights", "weights=None"),
         ({"exclude": "mid"}, "mid", "exclude", "matches 'mid'"),
+        ({"keep": {"mid": "costs 9 dB"}}, "mid", "keep", "costs 9 dB"),
+        ({"keep": {"conv": "costs 9 dB"}}, "mid", "quantized", ""),
         ({"include": "conv"}, "mid", "include", "matches no pattern of include"),
         ({"include": "*"}, "embed", "embeddings", ""),
         ({"min_numel": 961}, "mid", "min_numel", "960 values < 961"),

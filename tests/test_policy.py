@@ -55,6 +55,10 @@ def test_is_frozen_keyword_only_hashable_and_replaceable():
         ({"include": 3}, ["Policy.include", "3", "list of patterns"]),
         ({"exclude": [""]}, ["Policy.exclude", "''"]),
         ({"exclude": "re:(a"}, ["Policy.exclude", "'re:(a'", "regular expression"]),
+        ({"keep": ["head"]}, ["Policy.keep", "{pattern: reason}"]),
+        ({"keep": {"head": 3}}, ["Policy.keep", "{pattern: reason}"]),
+        ({"keep": {"re:(a": "why"}}, ["Policy.keep", "regular expression"]),
+        ({"overrides": {"a.*": {"keep": {"a.b": "why"}}}}, ["'keep'", "whole model"]),
         ({"include": "op:attention"}, ["Policy.include", "'op:attention'", "linear"]),
         ({"weights": None, "activations": "nvfp4"}, ["weights=None contradicts activations='nvfp4'"]),
         ({"overrides": ["a.*"]}, ["Policy.overrides", "{pattern: {field: value}}"]),
@@ -105,12 +109,17 @@ def test_dict_round_trip_keeps_the_order_of_overrides():
 
 
 def test_a_callable_is_not_serialised_but_resolves_to_names():
-    small = Policy(exclude=lambda s: s.numel < 100, overrides={lambda s: s.op == "linear": {"block": (16, 16)}})
+    small = Policy(
+        exclude=lambda s: s.numel < 100,
+        keep={lambda s: s.op == "linear": "a", r"re:fc\.weight|fc2\.weight": "b"},
+        overrides={lambda s: s.op == "linear": {"block": (16, 16)}},
+    )
     with pytest.raises(PolicyError, match="callable"):
         small.to_dict()
     sites = [site(), site("fc.weight", "linear", numel=64), site("fc2.weight", "linear")]
     resolved = small.resolved(sites)
     assert resolved.exclude == (r"re:fc\.weight",)
+    assert resolved.keep == ((r"re:fc\.weight|fc2\.weight", "a"),)  # the first of two stands
     assert resolved.overrides[0][0] == r"re:fc\.weight|fc2\.weight"
     assert Policy.from_dict(resolved.to_dict()) == resolved
 
@@ -120,6 +129,7 @@ def test_toml_from_text_and_file(tmp_path):
     activations = "nvfp4"
     skip_first = 2
     exclude = ["re:.*head.*"]
+    keep."stem.*" = "costs 9 dB"
     [overrides."layer1.*"]
     block = [16, 16]
     [overrides."op:embedding"]
@@ -129,6 +139,7 @@ def test_toml_from_text_and_file(tmp_path):
         activations="nvfp4",
         skip_first=2,
         exclude=("re:.*head.*",),
+        keep=(("stem.*", "costs 9 dB"),),
         overrides={"layer1.*": {"block": (16, 16)}, "op:embedding": {"embeddings": True}},
     )
     path = tmp_path / "policy.toml"
@@ -171,6 +182,8 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_near_names():
         Policy(include="layer1").require_matches(sites)
     with pytest.raises(PolicyError, match=r"'op:embedding' .*ops of this model: conv2d, linear"):
         Policy(overrides={"op:embedding": {"embeddings": True}}).require_matches(sites)
+    with pytest.raises(PolicyError, match=r"Policy.keep: pattern 'fcc' .*fc"):
+        Policy(keep={"fcc": "why"}).require_matches(sites)
     with pytest.raises(PolicyError, match="returned False for all 3 sites"):
         Policy(include=lambda s: False).require_matches(sites)
     Policy(exclude=("fc", "aux.fc"), include="op:conv*").require_matches(sites, ["aux.fc"])
