@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +21,10 @@ from tqdm import tqdm
 from fp4fx.batches import Batch, checked, tensors
 from fp4fx.effective import settled
 from fp4fx.errors import BudgetError, CalibrationError, PolicyError
-from fp4fx.packed import INPUT_SCALE, plan_of
-from fp4fx.plan import Decision, Plan
+from fp4fx.groups import SLACK, Group, Solution, groups_of, solve
+from fp4fx.nvfp4 import NVFP4
+from fp4fx.packed import INPUT_SCALE, PackedSpec, plan_of
+from fp4fx.plan import Plan
 from fp4fx.policy import Policy
 from fp4fx.quantize import apply, quantize
 from fp4fx.sensitivity import Loss, decibels, measure
@@ -31,33 +33,10 @@ log = logging.getLogger(__name__)
 
 STEPS = 10
 """Measurements of the whole model in a search."""
+ROUNDS = 2
+"""How often the groups are measured anew around what was chosen."""
 LOUDEST = 60.0
 """dB of noise over signal from which on an output counts as lost."""
-SLACK = 1e-9
-"""Relative tolerance of a sum in floating point."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Parameters that are decided together: uses of one tensor, and readers of one activation (q/k/v)."""
-
-    parameters: tuple[str, ...]
-    numel: int
-    packed: int
-    """Bytes in NVFP4."""
-    dense: int
-    """Bytes as they are."""
-    score: float = 0.0
-    """What NVFP4 costs here, in the unit of the score."""
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The groups to keep, of least cost."""
-
-    kept: tuple[bool, ...]
-    gap: float
-    """How far from the optimum it may be, relative; 0 is proven optimal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +51,7 @@ class Choice:
     bits: float
     """Mean bits per parameter over all sites."""
     measured: float | None
-    """Of the whole model: SQNR in dB, or the drop of accuracy; None where neither was asked for."""
+    """Of the whole model: SQNR of its output in dB, or the drop of accuracy; None without data."""
     gap: float
 
 
@@ -106,7 +85,7 @@ def choose(
         unit = "Fisher score" if loss is not None else "noise over signal"
         groups = budget.by_layer(packed, loss)
     if bits is not None:
-        solution, measured = budget.within_bits(groups, target), None
+        solution, measured = budget.within_bits(groups, target, refine=unit == "output error")
     elif sqnr is not None:
         solution, measured = budget.search(groups, target, budget.output_sqnr, lambda v: v >= sqnr)
     else:
@@ -162,6 +141,7 @@ class _Budget:
 
     def __init__(self, model: nn.Module, plan: Plan, packed: nn.Module, data: Sequence[Batch]) -> None:
         self.model, self.plan, self.data = model, plan, data
+        self.encoded: dict[str, tuple[NVFP4, PackedSpec]] = {}
         self.scales = {
             path: module.get_buffer(INPUT_SCALE)
             for path, module in packed.named_modules()
@@ -171,12 +151,13 @@ class _Budget:
         dense, _ = settled(model)
         sizes = {name: p.element_size() for name, p in dense.named_parameters()}
         self.numel = sum(site.numel for site in sites.values())
-        self.groups = tuple(_groups(plan.quantized, sizes))
+        self.groups = tuple(groups_of(plan.quantized, sizes))
         chosen = {name for group in self.groups for name in group.parameters}
         self.fixed = sum(site.numel * sizes[name] for name, site in sites.items() if name not in chosen)
         """Bytes of what the policy keeps in any case."""
         with torch.no_grad():
             self.outputs = [[t.clone() for t in tensors(batch.run(model))] for batch in data]
+        self.signal = sum(_energy(x.float()) for xs in self.outputs for x in xs if x.is_floating_point())
 
     def bits(self, groups: Sequence[Group], kept: Sequence[bool]) -> float:
         """Mean bits per parameter over all sites."""
@@ -187,7 +168,8 @@ class _Budget:
         """The model with these parameters in NVFP4 and no others."""
         names = set(parameters)
         decisions = tuple(d for d in self.plan.decisions if d.site.parameter in names)
-        return apply(self.model, replace(self.plan, decisions=decisions), input_scales=self.scales)
+        part = replace(self.plan, decisions=decisions)
+        return apply(self.model, part, input_scales=self.scales, encoded=self.encoded)
 
     def quantized(self, groups: Sequence[Group], kept: Sequence[bool]) -> nn.Module:
         """The model with every group in NVFP4 that is not kept."""
@@ -209,8 +191,7 @@ class _Budget:
 
     def output_sqnr(self, candidate: nn.Module) -> float:
         """Signal over noise of the model's output in dB."""
-        signal = sum(_energy(x.float()) for outputs in self.outputs for x in outputs if x.is_floating_point())
-        return decibels(signal, self.error(candidate))
+        return decibels(self.signal, self.error(candidate))
 
     def alone(self) -> tuple[Group, ...]:
         """The groups, each with the error of the model's output with it alone in NVFP4."""
@@ -228,14 +209,38 @@ class _Budget:
             scores[row.parameter] = 10 ** (min(noise, LOUDEST) / 10) if row.fisher is None else row.fisher
         return tuple(replace(group, score=sum(scores[p] for p in group.parameters)) for group in self.groups)
 
-    def within_bits(self, groups: Sequence[Group], target: _Target) -> Solution:
-        """The least score within so many bits."""
+    def within_bits(self, groups: Sequence[Group], target: _Target, *, refine: bool) -> tuple[Solution, float | None]:
+        """The least score within so many bits, and the SQNR in dB of the model's output if it is refined.
+
+        Errors of layers add up only about, and may even cancel: to refine, each group is measured once more as the one
+        that is not as chosen, and the programme solved for these differences, as long as the model's own error falls.
+        """
         assert target.bits is not None
-        least = self.bits(groups, [g.dense < g.packed for g in groups])
+        smallest = tuple(g.dense < g.packed for g in groups)
+        least = self.bits(groups, smallest)
         if target.bits < least - SLACK:
             raise BudgetError(f"{target}: the best that can be met is {least:.3f} bits; {self._what_is_kept()}")
         limit = math.floor(target.bits * self.numel / 8 + SLACK * self.numel) - self.fixed
-        return solve(groups, nbytes=limit)
+        best = solve(groups, nbytes=limit)
+        if not refine:
+            return best, None
+        starts = (best, replace(best, kept=smallest))
+        error, best = min(((self.error(self.quantized(groups, s.kept)), s) for s in starts), key=lambda pair: pair[0])
+        for _ in range(ROUNDS):
+            better = solve(self._around(groups, best.kept, error), nbytes=limit)
+            found = error if better.kept == best.kept else self.error(self.quantized(groups, better.kept))
+            if found >= error:
+                break
+            best, error = better, found
+        return best, decibels(self.signal, error)
+
+    def _around(self, groups: Sequence[Group], kept: tuple[bool, ...], error: float) -> tuple[Group, ...]:
+        """The groups, each with what it adds to the model's error while the others are as chosen."""
+        found = []
+        for i, group in enumerate(tqdm(groups, desc="around", unit="group", disable=None, leave=False)):
+            other = self.error(self.quantized(groups, (*kept[:i], not kept[i], *kept[i + 1 :])))
+            found.append(replace(group, score=other - error if kept[i] else error - other))
+        return tuple(found)
 
     def _what_is_kept(self) -> str:
         """The largest parameters that the policy keeps whatever the budget, for a message."""
@@ -286,59 +291,6 @@ class _Budget:
                 if good(found[1]) and self.bits(groups, found[0].kept) <= self.bits(groups, best[0].kept):
                     best = found
         return best
-
-
-def solve(groups: Sequence[Group], *, nbytes: float | None = None, score: float | None = None) -> Solution:
-    """The groups to keep so that the score of the others is least within `nbytes`, or the bytes within `score`.
-
-    Solved by SciPy's `milp` (HiGHS) to the optimum.
-    """
-    from scipy import optimize  # noqa: PLC0415  (takes most of a second to import)
-
-    scores = [g.score for g in groups]
-    sizes = [g.dense - g.packed for g in groups]
-    scale, size = max(scores) or 1.0, max(map(abs, sizes)) or 1
-    relative = [s / scale for s in scores]
-    if nbytes is not None:
-        cost, weight = [-s for s in relative], [s / size for s in sizes]
-        limit, low = (nbytes - sum(g.packed for g in groups)) / size, -math.inf
-    else:
-        assert score is not None
-        cost, weight = [s / size for s in sizes], relative
-        limit, low = math.inf, sum(relative) - score / scale * (1 + SLACK)
-    while True:
-        found = optimize.milp(
-            cost,
-            constraints=optimize.LinearConstraint([weight], low, limit),
-            bounds=optimize.Bounds(0, 1),
-            integrality=[1] * len(groups),
-            options={"mip_rel_gap": 0.0},
-        )
-        if found.x is None:
-            raise BudgetError(f"the solver found no choice of {len(groups)} groups: {found.message}")
-        kept = tuple(bool(x > 0.5) for x in found.x)
-        taken = sum(w for w, keep in zip(weight, kept, strict=True) if keep)
-        if nbytes is None or taken <= limit + 1e-12:
-            return Solution(kept, float(found.mip_gap or 0.0))
-        limit -= 1e-6  # the solver's own tolerance, of which a budget in bytes allows none
-
-
-def _groups(decisions: Sequence[Decision], sizes: dict[str, int]) -> Iterator[Group]:
-    """The parameters to be quantized, those that belong together in one group, in execution order."""
-    sites = {d.site.parameter: d for d in decisions}
-    together: dict[str, list[str]] = {name: [name] for name in sites}
-    for decision in decisions:
-        for other in decision.site.siblings:
-            mine, theirs = together[decision.site.parameter], together.get(other)
-            if theirs is None or theirs is mine:
-                continue
-            mine.extend(theirs)
-            together.update(dict.fromkeys(theirs, mine))
-    for names in {id(members): members for members in together.values()}.values():
-        of = [sites[name] for name in names]
-        numel = sum(d.site.numel for d in of)
-        dense = sum(d.site.numel * sizes[d.site.parameter] for d in of)
-        yield Group(tuple(names), numel, sum(d.nbytes for d in of), dense)
 
 
 def _several(batches: Iterable[Any] | None, model: nn.Module, loss: Loss | None) -> list[Batch]:

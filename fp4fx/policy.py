@@ -183,8 +183,9 @@ class Policy:
         """The policy that keeps the sites which NVFP4 costs most, within a budget; the reasons are in its `keep`.
 
         Sites that read one activation (q/k/v) are decided together. Their costs are added up and the least sum is
-        found by integer programming: with `batches` the error of the model's output with the group alone in NVFP4,
-        with a `loss` too the Fisher score of `fp4fx.sensitivity`, without data the noise of the layers' own outputs.
+        found by integer programming: with `batches` the error of the model's output with the group alone in NVFP4
+        (for `bits` then measured anew around what was chosen, as errors add up only about), with a `loss` too the
+        Fisher score of `fp4fx.sensitivity`, without data the noise of the layers' own outputs.
 
         Args:
             model: Dense; it is only read.

@@ -54,7 +54,12 @@ def quantize(
 
 
 def apply(
-    model: nn.Module, plan: Plan, *, input_scales: dict[str, Tensor] | None = None, skeleton: bool = False
+    model: nn.Module,
+    plan: Plan,
+    *,
+    input_scales: dict[str, Tensor] | None = None,
+    skeleton: bool = False,
+    encoded: dict[str, tuple[nvfp4.NVFP4, PackedSpec]] | None = None,
 ) -> nn.Module:
     """A copy of the model with the plan's parameters packed, sharing every other tensor.
 
@@ -63,6 +68,7 @@ def apply(
         plan: what to pack.
         input_scales: static activation scale (fp32 []) by module name.
         skeleton: leave the packed buffers on the meta device, to be filled from a checkpoint.
+        encoded: weights that other plans with the same specs encoded, by parameter; what this one encodes is added.
 
     Raises:
         PlanError: a parameter of the plan is missing or of another shape.
@@ -79,16 +85,16 @@ def apply(
             if decision.site.settled and path in modules:
                 settle(result.get_submodule(path), attribute)
     _check(result, plan, by_module)
-    encoded: dict[int, tuple[nvfp4.NVFP4, PackedSpec]] = {}  # a tied tensor is quantized once
+    encoded = {} if encoded is None else encoded  # a tied tensor is quantized once
     for path, decisions in by_module.items():
         module = result.get_submodule(path)
         if isinstance(module, Packed):  # the same module under another name
             continue
         stored = {}
         for attribute, decision in decisions.items():
-            dense = module._parameters[attribute]
+            dense, name = module._parameters[attribute], decision.site.parameter
             assert dense is not None and decision.spec is not None
-            if id(dense) not in encoded:
+            if name not in encoded:
                 spec = PackedSpec(
                     shape=tuple(dense.shape),
                     order=decision.site.order,
@@ -99,8 +105,8 @@ def apply(
                     compute=decision.spec.compute,
                 )
                 source = dense.to("meta") if skeleton else dense
-                encoded[id(dense)] = encode(source, spec, decision.site.parameter)
-            stored[attribute] = encoded[id(dense)]
+                encoded[name] = encode(source, spec, name)
+            stored[attribute] = encoded[name]
         own = _input_spec(path, plan)
         activations, rule = (None, "max") if own is None else (own.activations, own.activation_scale_rule)
         pack(module, stored, activations, _input_scale(path, activations, input_scales, skeleton), rule)
