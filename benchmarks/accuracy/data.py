@@ -63,7 +63,7 @@ def numbers(part: str) -> Data:
 def scenes(part: str) -> Data:
     """Photographs with one to three digits on them, fp32 [N, 3, 64, 64], and where those are, int64 [N, 64, 64].
 
-    A digit has a random colour and opacity; a pixel belongs to it where the stroke covers more than half of it.
+    A digit has one of eight colours and lets little through; a pixel is its own where the stroke covers half of it.
     """
     generator = _generator(part)
     count = SIZES[part][1]
@@ -77,8 +77,8 @@ def scenes(part: str) -> Data:
         for stroke in strokes[3 * index : 3 * index + 1 + _integer(3, generator), 0]:
             top, left = (_integer(SCENE - SIDE, generator) for _ in range(2))
             window = (slice(top, top + SIDE), slice(left, left + SIDE))
-            opacity = stroke * _uniform((1,), 0.8, 1.0, generator)
-            colour = torch.rand(3, 1, 1, generator=generator)
+            opacity = (2 * stroke - 0.5).clamp(0, 1) * _uniform((1,), 0.8, 1.0, generator)
+            colour = torch.randint(2, (3, 1, 1), generator=generator).float()
             images[index][:, *window] = images[index][:, *window].lerp(colour.expand(3, SIDE, SIDE), opacity)
             masks[index][window] |= stroke > 0.5
     return Data(images * 2 - 1, masks)
