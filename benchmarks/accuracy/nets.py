@@ -142,19 +142,19 @@ RECIPES = {
 }
 
 
-def trained(name: str, seed: int = 0, *, steps: int | None = None, cache: Path = CACHE) -> nn.Module:
+def trained(name: str, seed: int = 0, *, steps: int | None = None, cache: Path | None = None) -> nn.Module:
     """The network of that name trained with that seed, fp32, in evaluation mode, parameters frozen.
 
     Args:
         name: of `RECIPES`.
         seed: of the initial weights and of the order of the data.
         steps: fewer than the recipe's, to try something out.
-        cache: folder for trained weights; a change of this package's networks or data trains them anew.
+        cache: folder for trained weights, `CACHE` if None; a change of these networks or data trains them anew.
     """
     recipe = RECIPES[name] if steps is None else replace(RECIPES[name], steps=steps)
     sources = "".join(Path(module).read_text("utf-8") for module in (__file__, data.__file__))
     key = hashlib.sha256(f"{sources}{recipe.steps}".encode()).hexdigest()[:12]
-    path = cache / f"{name}-{seed}-{key}.pt"
+    path = (cache or CACHE) / f"{name}-{seed}-{key}.pt"
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = recipe.make()
