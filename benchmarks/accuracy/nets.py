@@ -136,7 +136,7 @@ RECIPES = {
     "resnet": Recipe(resnet, data.numbers, "accuracy", 400),
     "mobilenet": Recipe(mobilenet, data.numbers, "accuracy", 400),
     "convnext": Recipe(convnext, data.numbers, "accuracy", 900),
-    "vit": Recipe(vit, data.numbers, "accuracy", 1500, lr=1e-3),
+    "vit": Recipe(vit, data.numbers, "accuracy", 1800, lr=1e-3),
     "unet": Recipe(UNet, data.scenes, "mIoU", 450, batch=16, lr=5e-3),
     "chars": Recipe(CharTransformer, data.texts, "accuracy", 500, batch=32),
 }
