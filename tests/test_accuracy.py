@@ -97,7 +97,8 @@ def test_a_run_goes_on_where_a_row_is_missing(record, folder, monkeypatch):
 def test_the_page_shows_every_variant_and_goal(record):
     page = table.page({**record, "costs": [{"what": "a", "model": "m", "limit_s": 6, "seconds": 7.0, "peak": 1.5}]})
     for variant in variants():
-        assert f"| {variant.name} " in page
+        reason = next(row.get("reason") for row in record["rows"] if row["variant"] == variant.name)
+        assert (f"* {variant.name}: {reason}" if reason else f"| {variant.name} ") in page
     (line,) = (line.split("|") for line in page.splitlines() if line.startswith("| m "))
     assert [cell.strip() for cell in line[3:5]] == ["**not met**", "7.0 s, 1.50 × the model"]
 
@@ -131,6 +132,24 @@ def test_a_cost_over_its_limit_is_not_met():
         {"what": "w", "model": "m", "limit_s": 6, "seconds": s, "peak": p} for s, p in ((5, 1.9), (7, 1), (5, 2.1))
     ]
     assert [v.met for v in table.verdicts([], costs)] == [True, False, False]
+
+
+def test_a_variant_that_breaks_is_a_row_and_the_run_goes_on():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    inputs, targets = torch.ones(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
+    task = measure.Task("n", 0, model, [(inputs, targets)], [inputs], "accuracy")
+    reference, _ = measure.outputs(model, task)
+
+    def made(run):
+        return measure.Made(run, {}, 32, 0)
+
+    def found(make):
+        return measure.row_of(task, measure.Variant("v", "peer", make), reference)
+
+    assert found(lambda _: made(model))["error"] == 0
+    assert found(lambda _: 1 / 0)["reason"].startswith("ZeroDivisionError")
+    assert "not finite" in found(lambda _: made(lambda x: model(x) / 0))["reason"]
+    assert found(lambda _: made(lambda x: 2 * model(x)))["error"] == pytest.approx(1)
 
 
 def test_the_scores_are_those_of_scikit_learn():

@@ -44,8 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure what is not measured yet, write the result."""
     args = parser().parse_args(arguments)
     folder = ROOT / "build" / "accuracy"
-    args.out = args.out or (folder / "quick.json" if args.quick else RESULT)
-    args.page = args.page or (folder / "quick.md" if args.quick else PAGE)
+    trial = args.quick or args.no_pretrained
+    args.out = args.out or (folder / "trial.json" if trial else RESULT)
+    args.page = args.page or (folder / "trial.md" if trial else PAGE)
     for path in (args.out, args.page):
         path.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"rows": [], "costs": []}
@@ -88,8 +89,10 @@ def measure(record: dict[str, Any], args: argparse.Namespace) -> None:
                 tqdm.write(f"{net}, seed {seed}: {variant.name}: {row['reason']}")
             record["rows"] = list(rows.values())
             write(record, args.out)
-    order = [variant.name for variant in variants()]
-    record["rows"] = sorted(rows.values(), key=lambda row: order.index(row["variant"]))
+    nets, names = list(dict.fromkeys(row["net"] for row in rows.values())), [v.name for v in variants()]
+    kept = [row for row in rows.values() if row["variant"] in names]
+    kept.sort(key=lambda row: (nets.index(row["net"]), row["seed"], names.index(row["variant"])))
+    record["rows"] = kept
 
 
 def tasks(args: argparse.Namespace) -> Iterable[tuple[str, int, Callable[[], Any]]]:

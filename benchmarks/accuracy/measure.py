@@ -119,18 +119,23 @@ def row_of(task: Task, variant: Variant, reference: Tensor) -> Row:
         task: network and data.
         variant: how to make it.
         reference: the scores of the fp32 network.
+
+    Returns:
+        What was measured; or a "reason" why there is nothing, and "failed" where that is no property of the network.
     """
     row: Row = {"net": task.net, "seed": task.seed, "variant": variant.name, "kind": variant.kind}
     gc.collect()
     start = perf_counter()
     try:
         made = variant.make(task)
+        seconds = perf_counter() - start
+        scores, targets = outputs(made.run, task)
+        if not scores.isfinite().all():
+            raise FloatingPointError("its outputs are not finite")  # noqa: TRY301
     except UnavailableError as error:
         return {**row, "reason": str(error)}
     except Exception as error:  # noqa: BLE001  (a method or a peer that breaks is a row, and the run goes on)
         return {**row, "reason": reason(error), "failed": True}
-    seconds = perf_counter() - start
-    scores, targets = outputs(made.run, task)
     difference = (scores - reference).double()
     error = (difference.square().sum() / reference.double().square().sum()).sqrt().item()
     return {
@@ -140,7 +145,7 @@ def row_of(task: Task, variant: Variant, reference: Tensor) -> Row:
         "drop": score(reference, targets, task.metric) - score(scores, targets, task.metric),
         "loss_bits": F.cross_entropy(scores, targets).item() / math.log(2),
         "error": error,
-        "sqnr_db": -20 * math.log10(error) if 0 < error < math.inf else None,
+        "sqnr_db": -20 * math.log10(error) if error else None,
         "changed": 100 * (scores.argmax(1) != reference.argmax(1)).double().mean().item(),
         "weight_mse": weight_mse(made.weights, task.model),
         "share": sum(weight.numel() for weight in made.weights.values())

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.accuracy.table import summarised
 from benchmarks.plot import OURS, PEER, REFERENCE
@@ -39,6 +40,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
             panel.grid(axis="x", lw=0.3, alpha=0.5)
             panel.tick_params(labelsize=7)
         left.set_xscale("log")
+        left.xaxis.set_minor_formatter(NullFormatter())
         left.set_title(f"{net}: relative error of the outputs", fontsize=8)
         right.axvline(0, color=REFERENCE, lw=0.6, ls=":")
         right.set_title(f"{net}: points lost against fp32 ({of_net[0]['metric']})", fontsize=8)

@@ -10,7 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.accuracy.measure import Row
-from benchmarks.accuracy.variants import AS_TORCHAO, CALIBRATED, DEFAULT, TORCHAO
+from benchmarks.accuracy.variants import AS_TORCHAO, CALIBRATED, DEFAULT, FP32, TORCHAO
 from fp4fx import bench
 
 FEW_BITS = 5.0
@@ -121,15 +121,17 @@ def _by_seed(rows: Sequence[Row], variant: str) -> dict[int, Row]:
 
 
 def _reason(rows: Sequence[Row], variant: str) -> str:
-    return next((row["reason"] for row in rows if row["variant"] == variant and "reason" in row), "not run")
+    """Why a variant, or else its whole network, is not there."""
+    reasons = {row["variant"]: row["reason"] for row in rows if "reason" in row}
+    return reasons.get(variant) or reasons.get(FP32) or "not run"
 
 
 def net_table(rows: Sequence[Row]) -> str:
-    """The variants of one network, as Markdown."""
-    lines = []
+    """The variants of one network, as Markdown; below the table those that could not be had, with the reason."""
+    lines, absent = [], []
     for variant in _unique(row["variant"] for row in rows):
         if not _by_seed(rows, variant):
-            lines.append([variant, *[""] * 8, _reason(rows, variant)])
+            absent.append(f"* {variant}: {_reason(rows, variant)}")
             continue
         numbers = {key: summarised(rows, variant, key) for key in SHOWN}
         error = numbers["error"].mean
@@ -160,7 +162,8 @@ def net_table(rows: Sequence[Row]) -> str:
         "error",
         "SQNR dB",
     ]
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    table = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    return "\n".join([table, *([""] if absent else []), *absent])
 
 
 def page(record: dict[str, Any]) -> str:
@@ -198,8 +201,9 @@ def page(record: dict[str, Any]) -> str:
 INTRODUCTION = """
 Small networks are trained on real data that packages bring along: scikit-learn's digits, turned, shifted and in noise
 (resnet, mobilenet, convnext, vit); the same digits on photographs, to be segmented (unet); docstrings and licences, to
-be continued (chars). Every variant of a network sees the same test inputs; mean ± standard deviation over the seeds of
-the training. Test inputs come from images, pictures and texts that no network was trained on.
+be continued (chars). Any other network has timm's name and trained weights, and images of `--dataset`. Every variant of
+a network sees the same test inputs; mean ± standard deviation over the seeds of the training. Test inputs come from
+images, pictures and texts that no network was trained on.
 
 * *bits*: mean per quantized weight, scales included. *quantized*: share of all parameters. *kB*: of the whole network.
 * *error*: ‖y − y₀‖ / ‖y₀‖ over all outputs before the softmax, y₀ being fp32's; SQNR is the same in dB.
