@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from fp4fx.bench import version_of
 
-PEERS = ("torchao", "onnxruntime", "openvino", "nncf", "bitsandbytes", "ggml-python", "timm", "torchvision")
+PEERS = (
+    "torchao",
+    "nvidia-modelopt",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "bitsandbytes",
+    "ggml-python",
+    "timm",
+    "torchvision",
+)
 
 
 def versions() -> dict[str, str | None]:

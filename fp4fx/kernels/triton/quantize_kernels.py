@@ -110,22 +110,17 @@ def _least(even, odd, start, s, g, RULE: tl.constexpr):
     odd = tl.minimum(tl.div_rn(_finite_abs(odd), whole), 16.0)
     best = start
     least = tl.full(start.shape, 0x7FFFFFFF, tl.int32)
-    if RULE == "search":
-        for step in range(-3, 8):
-            tried = tl.minimum(tl.maximum(start + step, 1), 0x7E)
-            best, least = _better(even, odd, tried, unit, best, least, RULE)
-    else:
-        best, least = _better(even, odd, start, unit, best, least, RULE)
-        best, least = _better(even, odd, encode_e4m3(s * 1.5).to(tl.int32), unit, best, least, RULE)
+    steps: tl.constexpr = 11 if RULE == "search" else 2
+    for step in range(steps):  # not unrolled: registers are for the values
+        if RULE == "search":
+            tried = tl.minimum(tl.maximum(start + (step - 3), 1), 0x7E)
+        else:
+            tried = tl.where(step == 0, start, encode_e4m3(s * 1.5).to(tl.int32))
+        ratio = tl.div_rn(decode_e4m3(tried), unit)[:, :, None]
+        error = tl.sum(_error(even, ratio, RULE) + _error(odd, ratio, RULE), 2)
+        best = tl.where(error < least, tried, best)
+        least = tl.minimum(error, least)
     return best
-
-
-@triton.jit
-def _better(even, odd, tried, unit, best, least, RULE: tl.constexpr):
-    """The scales tried where their error is less, the best so far elsewhere, and the errors of what is taken."""
-    s = tl.div_rn(decode_e4m3(tried), unit)[:, :, None]
-    error = tl.sum(_error(even, s, RULE) + _error(odd, s, RULE), 2)
-    return tl.where(error < least, tried, best), tl.minimum(error, least)
 
 
 @triton.jit
