@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmarks.formats.codecs import NVFP4, Codec, Format
 from benchmarks.peers.base import reason
@@ -48,7 +49,7 @@ def errors(formats: Iterable[Format], count: int, seed: int = 0) -> list[Row]:
     """Each format on each distribution; a peer that fails has its reason for a row."""
     data = {name: samples(name, count, seed) for name in DISTRIBUTIONS}
     rows: list[Row] = []
-    for form in formats:
+    for form in tqdm(list(formats), unit="format", disable=None):
         row = {"section": "error", "format": form.name, "bits": form.bits, "peer": form.peer}
         for name, x in data.items():
             try:

@@ -23,13 +23,13 @@ blocks. Figures move by half a percent with the seed, those of Student's t with 
 ![errors by distribution](../benchmarks/results/formats.png)
 
 * A **scale search** makes a quarter less error than the rule block maximum / 6 ("nearest"), at the same size, and is
-  the default for weights. The best fp32 scales would make another tenth less. **Four over six** tries two scales where
-  the search tries eleven and makes a sixth less; choosing by absolute error is a little worse. It is offered for
-  activations (`activation_scale_rule`).
+  the default for weights. The best fp32 scales would make 7 to 11 % less than that. **Four over six** tries two scales
+  where the search tries eleven and makes a sixth less than "nearest"; choosing by absolute error is a little worse. It
+  is offered for activations (`activation_scale_rule`).
 * With **one scale per 16x16 tile** the error grows with the tails of the distribution; with one per 16 values it does
   not: kurtosis says nothing about it.
-* A **Hadamard rotation** makes every distribution a Gaussian, or nearly. That helps MXFP4 and groups of 128, and costs
-  NVFP4 on heavy tails.
+* A **Hadamard rotation** makes every distribution a Gaussian, or nearly. That helps MXFP4 and INT4 on heavy tails. NVFP4
+  has the error of a Gaussian with it: more behind a ReLU, and on heavy tails more by "nearest", less by the search.
 * **Scales that are powers of two** (MXFP4, E8M0) cost half as much again, or more.
 
 Other libraries on the same values:
@@ -88,7 +88,7 @@ def _errors(rows: Sequence[Row]) -> str:
         reasons += failed
         if failed:
             continue
-        lines.append((name, f"{bits:g}", *(f"{1000 * own[d]['error']:.3g}" for d in DISTRIBUTIONS)))
+        lines.append((name, f"{bits:g}", *(f"{1000 * own[d]['error']:#.3g}" for d in DISTRIBUTIONS)))
     return "\n\n".join([_table(lines, ("", "bits", *DISTRIBUTIONS)), *reasons])
 
 
@@ -96,7 +96,7 @@ def _static(rows: Sequence[Row], key: str, form: str, head: str) -> str:
     names = list(dict.fromkeys(row["distribution"] for row in rows))
     values = list(dict.fromkeys(row[key] for row in rows))
     found = {(row["distribution"], row[key]): row["error"] for row in rows}
-    lines = [(name, *(f"{1000 * found[name, value]:.3g}" for value in values)) for name in names]
+    lines = [(name, *(f"{1000 * found[name, value]:#.3g}" for value in values)) for name in names]
     return _table(lines, (head, *(form.format(value) for value in values)))
 
 
