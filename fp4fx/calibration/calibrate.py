@@ -11,6 +11,7 @@ from fp4fx.calibration.data import Batch, Batches
 from fp4fx.calibration.gptq import GPTQ
 from fp4fx.calibration.job import Job, Method
 from fp4fx.calibration.rounding import AdaRound
+from fp4fx.calibration.record import calibration_of
 from fp4fx.calibration.scales import StaticScales
 from fp4fx.calibration.smoothing import Smoothing
 from fp4fx.errors import CalibrationError
@@ -89,6 +90,14 @@ def _check(job: Job, methods: Sequence[Method]) -> None:
         )
     if job.original is None:
         return
+    record = calibration_of(job.model)
+    lost = [s.parameter for s in (record.steps if record else ()) if s.method == Smoothing.name and s.changed]
+    lost = [site.parameter for site in job.sites if site.parameter in lost and job.smoothing(site) is None]
+    if lost:
+        todo = "calibrate to the end before saving, or quantize anew"
+        raise CalibrationError(
+            f"{lost[0]}: found it smoothed, and its factors gone, as a file does not hold them; {todo}"
+        )
     parameters = dict(job.original.named_parameters())
     for site in job.sites:
         try:

@@ -39,7 +39,7 @@ class GPTQ:
     samples: int = 65536
     """At most so many inputs (tokens, pixels) of a layer are taken, evenly spaced over all batches."""
     memory: int | None = None
-    """Bytes for Hessians: sites are dealt with in groups whose Hessians fit; half the dense model if None."""
+    """Bytes for Hessians: sites are dealt with in groups whose Hessians fit; a quarter of the dense model if None."""
 
     def passes(self, batches: Batches | None) -> int:
         """Several: one to see the order of the sites, and one per group."""
@@ -59,7 +59,8 @@ class GPTQ:
         order = torch.arange(weight.shape[-1], device=weight.device).expand(diagonal.shape)
         if self.act_order:
             order = diagonal.argsort(dim=-1, descending=True, stable=True)
-        factor = self._factor(hessian.gather(-2, _along(order, hessian, -2)).gather(-1, _along(order, hessian, -1)))
+            hessian = hessian.gather(-2, _along(order, hessian, -2)).gather(-1, _along(order, hessian, -1))
+        factor = self._factor(hessian)
         if factor is None:
             return "its Hessian has no Cholesky factor, even with more damping"
         columns = weight.mT.gather(-2, _along(order, weight.mT, -2))  # [G, K, R]: a column is contiguous
@@ -85,12 +86,14 @@ class GPTQ:
         mean = diagonal.mean(-1, keepdim=True)
         dead = (diagonal == 0).float()
         for damping in (self.damping, 10 * self.damping, 100 * self.damping):
-            damped = hessian + torch.diag_embed(damping * mean.expand(diagonal.shape) + dead)
-            lower, failed = torch.linalg.cholesky_ex(damped)
+            damped = hessian.clone()
+            damped.diagonal(dim1=-2, dim2=-1).add_(damping * mean + dead)
+            damped, failed = torch.linalg.cholesky_ex(damped)
             if failed.any():
                 continue
+            damped = torch.cholesky_inverse(damped)
             upper: Tensor
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
             if not failed.any() and upper.isfinite().all():
                 return upper
         return None

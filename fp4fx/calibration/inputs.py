@@ -20,7 +20,7 @@ def input_rows(call: Call, limit: int) -> Tensor:
         return _unfolded(call, limit)
     x = call.x.float() if call.weight.dim() > 2 else call.x.float().flatten(0, -2).unsqueeze(0)
     x = x.reshape(-1, *x.shape[-2:])
-    x = x[:, _evenly(x.shape[1], limit, x.device)]
+    x = x if x.shape[1] <= limit else x[:, _evenly(x.shape[1], limit, x.device)]
     if call.site.order == "conv":  # a convolution that is run as a linear
         x = torch.unflatten(x, -1, (call.site.shape[1], -1)).transpose(-1, -2).flatten(-2)
     return x

@@ -51,8 +51,8 @@ class AdaRound:
     samples: int = 65536
     """At most so many inputs (tokens, pixels) of a layer are taken, evenly spaced over all batches."""
     memory: int | None = None
-    """Bytes for second moments of sites, or for inputs and outputs of a block; half the dense model if None. What does
-    not fit of a block's data is not used, but for two batches."""
+    """Bytes for second moments of sites, or for inputs and outputs of a block; a quarter of the dense model if None.
+    What does not fit of a block's data is not used, but for two batches."""
 
     def passes(self, batches: Batches | None) -> int:
         """Several."""
@@ -143,7 +143,7 @@ class AdaRound:
 
     def _data(self, job: Job, path: str) -> list[tuple[Any, Any, Tensor]]:
         """Arguments of the quantized block and output of the original one, batch by batch, as far as memory allows."""
-        room = sum(p.numel() * 2 for p in job.reference.parameters()) if self.memory is None else self.memory
+        room = sum(p.nbytes for p in job.reference.parameters()) // 4 if self.memory is None else self.memory
         data: list[tuple[Any, Any, Tensor]] = []
         given: list[tuple[Any, Any]] = []
         wanted: list[Tensor] = []

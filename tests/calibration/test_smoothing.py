@@ -88,7 +88,7 @@ def test_nothing_changes_in_exact_arithmetic():
         torch.testing.assert_close(dense(x), model(x), atol=1e-4, rtol=1e-4)
 
 
-def test_what_comes_after_knows_of_it():
+def test_what_comes_after_knows_of_it(tmp_path):
     model = outliers(2)
     batches, fresh = [torch.randn(8, 3, 8, 8) for _ in range(4)], torch.randn(8, 3, 8, 8)
     qmodel = fp4fx.quantize(model, ALL)
@@ -96,6 +96,11 @@ def test_what_comes_after_knows_of_it():
     smoothed = error(qmodel, model, fresh)
     fp4fx.calibrate(qmodel, batches, reference=model, methods=["gptq", "bias_correction"])
     assert error(qmodel, model, fresh) < 0.7 * smoothed
+    fp4fx.save(qmodel, tmp_path / "m.safetensors")
+    loaded = fp4fx.load(model, tmp_path / "m.safetensors")
+    assert error(loaded, model, fresh) == error(qmodel, model, fresh)
+    with pytest.raises(fp4fx.CalibrationError, match=r"conv\.weight: found it smoothed, and its factors gone"):
+        fp4fx.calibrate(loaded, batches, reference=model, methods=["gptq"], again=True)
     assert [s.changed for s in calibration_of(qmodel).steps if s.parameter == "q.weight"][:2] == [True, True]
 
 
