@@ -67,10 +67,11 @@ class Policy:
     depthwise: bool = False
     """Quantize depthwise convolutions too: blocks then run along the taps of one channel, and few bytes are gained."""
     max_kurtosis: float | None = None
-    """Keep a site whose weight has an excess kurtosis above this (0 is a Gaussian); None: no limit."""
+    """Keep a site whose weight has an excess kurtosis above this (0 is a Gaussian); None: no limit. It says little
+    about the error of blocks of 16 (see docs/thresholds.md); `for_budget` looks at the error itself."""
     min_sqnr: float | None = None
     """Keep a site whose weight would have a signal to quantization noise ratio below this many dB, measured with
-    a global scale of its own (a Gaussian has 20.4 dB); None: no limit."""
+    a global scale of its own (a Gaussian has 21.8 dB with "search", 20.4 with "max"); None: no limit."""
     min_numel: int = 0
     """Keep a site whose weight has fewer values than this."""
     min_channels: int = 1
