@@ -38,6 +38,7 @@ def variants() -> tuple[Variant, ...]:
         both("W4A4 static", ("static_scales",)),
         both("W4A4 static + bias correction", ("static_scales", "bias_correction")),
         both(CALIBRATED, ("static_scales", "gptq", "bias_correction")),
+        both("W4A4 smoothing + " + CALIBRATED[5:], ("smoothing", "static_scales", "gptq", "bias_correction")),
         Variant(TORCHAO, "peer", lambda task: _torchao(task)[0]),
         Variant(AS_TORCHAO, "W4A16", _as_torchao),
         _peer("ModelOpt NVFP4", peers.on_rows(peers.modelopt)),
