@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fp4fx import nvfp4, ops  # noqa: F401  (ops defines torch.ops.fp4fx)
 from fp4fx.capture import symbolically_traced
 from fp4fx.errors import CheckpointError, PlanError, TraceError
-from fp4fx.kernels.cpu import library
+from fp4fx.kernels import encoding
 from fp4fx.policy import Compute
 from fp4fx.site import Order
 
@@ -226,7 +226,7 @@ def encode(dense: Tensor, spec: PackedSpec, path: str) -> tuple[nvfp4.NVFP4, Pac
         sqnr = None
     else:
         nvfp4.check_finite(dense, path)
-    q = library.quantize(
+    q = encoding.quantize(
         dense,
         scale_rule=spec.scale_rule,
         block=spec.block,

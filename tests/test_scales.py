@@ -7,7 +7,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp4fx import nvfp4
-from fp4fx.kernels.cpu import library
+from fp4fx.kernels import encoding
 from fp4fx.scales import LARGEST_SCALE, SEARCH
 
 RULES = [rule for rule in LARGEST_SCALE if rule != "max"]
@@ -114,7 +114,7 @@ def test_importance_makes_the_weighted_error_least():
     assert (plain > 1.01 * best).float().mean() > 0.2
 
 
-@pytest.mark.parametrize("quantize", [nvfp4.quantize, library.quantize])
+@pytest.mark.parametrize("quantize", [nvfp4.quantize, encoding.quantize])
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e-30, 3e30])
 def test_equal_importance_changes_nothing(quantize, value):
     x = torch.randn(40, 72)
@@ -124,7 +124,7 @@ def test_equal_importance_changes_nothing(quantize, value):
         assert torch.equal(q.packed, expected.packed) and torch.equal(q.scale, expected.scale)
 
 
-@pytest.mark.parametrize("quantize", [nvfp4.quantize, library.quantize])
+@pytest.mark.parametrize("quantize", [nvfp4.quantize, encoding.quantize])
 @pytest.mark.parametrize(
     ("order", "shape", "groups"),
     [("conv", (12, 8, 3, 3), 4), ("conv_transpose", (16, 3, 2, 2), 4), ("rows", (12, 40), 1)],

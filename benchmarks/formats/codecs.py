@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fp4fx import nvfp4
-from fp4fx.kernels.cpu import library
+from fp4fx.kernels import encoding
 
 Codec = Callable[[Tensor], Tensor]
 
@@ -36,7 +36,7 @@ class Format:
 
 def decoded(x: Tensor, **how: Any) -> Tensor:
     """By `fp4fx`'s own codec, the CPU kernels where they are built."""
-    return nvfp4.dequantize(library.quantize(x, **how))
+    return nvfp4.dequantize(encoding.quantize(x, **how))
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:

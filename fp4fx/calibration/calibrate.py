@@ -10,8 +10,8 @@ from fp4fx.calibration.bias import BiasCorrection
 from fp4fx.calibration.data import Batch, Batches
 from fp4fx.calibration.gptq import GPTQ
 from fp4fx.calibration.job import Job, Method
-from fp4fx.calibration.rounding import AdaRound
 from fp4fx.calibration.record import calibration_of
+from fp4fx.calibration.rounding import AdaRound
 from fp4fx.calibration.scales import StaticScales
 from fp4fx.calibration.smoothing import Smoothing
 from fp4fx.errors import CalibrationError

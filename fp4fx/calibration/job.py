@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fp4fx import nvfp4
 from fp4fx.calibration.data import Batches, forward
 from fp4fx.calibration.record import Calibration, Step, calibration_of, remember_calibration
-from fp4fx.kernels.cpu import library
+from fp4fx.kernels import encoding
 from fp4fx.observe import Call, observe
 from fp4fx.packed import PARTS, Packed, PackedSpec, plan_of
 from fp4fx.site import Site
@@ -158,7 +158,7 @@ class Job:
     def encoded(self, site: Site, rows: Tensor) -> nvfp4.NVFP4:
         """Rows fp32 [N, K] -> their nearest values, with the scales of `rule`, in the shape that they are stored in."""
         rows = rows.reshape(*self.stored(site)[1].shape[:-1], -1)
-        return library.quantize(rows, scale_rule=self.rule(site), block=self.spec(site).block)
+        return encoding.quantize(rows, scale_rule=self.rule(site), block=self.spec(site).block)
 
     def write(self, site: Site, packed: Tensor, scale: Tensor, global_scale: Tensor) -> None:
         """Put new parts, of any shape that holds as many bytes, into a packed parameter, in place."""

@@ -8,7 +8,7 @@ import torch
 from torch.library import opcheck
 
 from fp4fx import nvfp4, ops
-from fp4fx.kernels.cpu import library
+from fp4fx.kernels import encoding
 
 ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "hardsigmoid", "sigmoid")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -443,7 +443,7 @@ def test_the_eager_codec_uses_the_kernels_and_keeps_its_bits(cpu_ops):
         assert torch.equal(torch.ops.fp4fx.dequantize(*parts, (5, 40), torch.float32), dense)
         assert torch.equal(torch.ops.fp4fx.fake_quantize(x), dense)
         assert torch.equal(torch.ops.fp4fx.embedding(torch.tensor([1, 3]), *parts, 40, torch.float32), dense[[1, 3]])
-        q = library.quantize(x)
+        q = encoding.quantize(x)
     assert torch.equal(q.packed, parts[0]) and torch.equal(q.scale, parts[1])
     count = {event.key: event.count for event in seen.key_averages()}
     assert count["fp4fx_cpu::dequantize"] == 3 and count["fp4fx_cpu::quantize"] == 2

@@ -108,19 +108,17 @@ _EAGER: dict[str, dict[str, Body]] = {
 
 def quantize(
     x: Tensor,
-    *,
-    scale_rule: str = "max",
-    block: tuple[int, int] = (1, nvfp4.BLOCK),
-    order: Order = "rows",
-    groups: int = 1,
-    importance: Tensor | None = None,
-) -> nvfp4.NVFP4:
-    """`nvfp4.quantize`, by the kernel if x is on the CPU and the library is in the cache."""
-    fits = (
-        x.device.type == "cpu" and x.dtype in DTYPES and tuple(block) in ((1, nvfp4.BLOCK), (nvfp4.BLOCK, nvfp4.BLOCK))
-    )
-    if not fits or load(build=False) is not None:
-        return nvfp4.quantize(x, scale_rule=scale_rule, block=block, order=order, groups=groups, importance=importance)
+    scale_rule: str,
+    block: tuple[int, int],
+    order: Order,
+    groups: int,
+    importance: Tensor | None,
+) -> nvfp4.NVFP4 | None:
+    """`nvfp4.quantize` of a tensor on the CPU by the kernel; None if it does not take it or is not in the cache."""
+    if x.dtype not in DTYPES or tuple(block) not in ((1, nvfp4.BLOCK), (nvfp4.BLOCK, nvfp4.BLOCK)):
+        return None
+    if load(build=False) is not None:
+        return None
     if importance is None:
         packed, scale, used = torch.ops.fp4fx.quantize.default(x, None, order, groups, scale_rule, block[0])
     else:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fp4fx import nvfp4, ops
 from fp4fx.kernels import triton
 from fp4fx.ops.library import LIBRARY, Body
+from fp4fx.site import Order
 from fp4fx.target import target_of
 
 log = logging.getLogger(__name__)
@@ -28,15 +29,39 @@ def _runs_on(device: torch.device) -> bool:
     return reason is None
 
 
+def _takes(rows: Tensor, scale_rule: str) -> bool:
+    """Whether the kernel encodes these rows."""
+    if not _runs_on(rows.device):
+        return False
+    from fp4fx.kernels.triton import quantize  # noqa: PLC0415  (which imports Triton)
+
+    return quantize.refuse_quantize(scale_rule) is None and rows.shape[-1] <= quantize.LONGEST
+
+
+def quantize(
+    x: Tensor,
+    scale_rule: str,
+    block: tuple[int, int],
+    order: Order,
+    groups: int,
+    importance: Tensor | None,
+) -> nvfp4.NVFP4 | None:
+    """`nvfp4.quantize` of a tensor on CUDA by the kernel; None if it does not take it."""
+    one_block = tuple(block) in ((1, nvfp4.BLOCK), (nvfp4.BLOCK, nvfp4.BLOCK))
+    if not one_block or importance is not None or not _takes(nvfp4.to_rows(x, order, groups), scale_rule):
+        return None
+    packed, scale, used = BODIES["quantize"](x.detach(), None, order, groups, scale_rule, block[0])
+    return nvfp4.NVFP4(packed, scale, used, x.shape, x.dtype, order, groups)
+
+
 def encode(
     rows: Tensor, global_scale: Tensor | None = None, *, scale_rule: str = "max", block_rows: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `nvfp4.quantize_rows`, which also has the words for what cannot be."""
-    if _runs_on(rows.device):
+    if _takes(rows, scale_rule):
         from fp4fx.kernels.triton import quantize  # noqa: PLC0415
 
-        if quantize.refuse_quantize(scale_rule) is None and rows.shape[-1] <= quantize.LONGEST:
-            return quantize.quantize(rows, global_scale, "rows", 1, scale_rule, block_rows)
+        return quantize.quantize(rows, global_scale, "rows", 1, scale_rule, block_rows)
     return nvfp4.quantize_rows(rows, global_scale, scale_rule=scale_rule, block_rows=block_rows)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from fp4fx import nvfp4, ops
 from fp4fx.errors import PolicyError
+from fp4fx.kernels import encoding
 from fp4fx.kernels.triton import dequantize, eager, quantize
 
 
@@ -46,6 +47,21 @@ def test_kernels_give_the_bits_of_the_bodies(name, more, kernels, device, ran):
     for a, b in zip(*([t] if isinstance(t, torch.Tensor) else t for t in (found, expected)), strict=True):
         assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
     assert ran == kernels
+
+
+@pytest.mark.parametrize("order", ["rows", "conv"])
+def test_a_weight_is_encoded_by_the_kernel(order, device, ran, monkeypatch):
+    monkeypatch.setitem(encoding.KERNELS, device, eager.quantize)
+    weight = torch.randn(8, 4, 3, 3, device=device, generator=torch.Generator(device).manual_seed(0))
+    for how in ({"scale_rule": "search"}, {"block": (16, 16)}):
+        found = encoding.quantize(weight, order=order, **how)
+        expected = nvfp4.quantize(weight, order=order, **how)
+        assert all(torch.equal(getattr(found, part), getattr(expected, part)) for part in ("packed", "scale"))
+        assert found.global_scale == expected.global_scale and found.order == order
+    assert ran == ["quantize"] * 2
+    k = nvfp4.row_length(weight.shape, order)  # weighted errors are the definition's
+    encoding.quantize(weight, scale_rule="search", order=order, importance=torch.ones(k, device=device))
+    assert ran == ["quantize"] * 2
 
 
 def test_what_the_kernels_do_not_take_is_the_bodies(device, ran):
