@@ -1,8 +1,8 @@
 """What `max_kurtosis` and `min_sqnr` do on trained networks, beside a choice by output error at the same bits.
 
 For each network thresholds keep the worst tenth, quarter and half of the sites; the nearest peer is
-`Policy.for_budget` with the bits that a threshold took. Writes a JSON file, in which networks measured before stay, and a page of the
-documentation.
+`Policy.for_budget` with the bits that a threshold took. Writes a JSON file, in which networks measured before stay,
+and a page of the documentation.
 """
 
 from __future__ import annotations

@@ -71,8 +71,7 @@ def choose(
     target.check(batches, evaluate)
     base = replace(Policy() if policy is None else policy, skip_first=0, skip_last=0)
     data = _several(batches, model, loss)
-    example = (data[0].args, dict(data[0].kwargs)) if data else (None, None)
-    packed = quantize(model, base, *example)
+    packed = quantize(model, base, *(data[0].example if data else (None, None)))
     whole = plan_of(packed)
     assert whole is not None
     if not whole.quantized:

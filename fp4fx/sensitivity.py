@@ -173,7 +173,7 @@ def sensitivity(
         stream = checked(batches, model, targets=loss is not None)
         example = next(stream)
         data = chain([example], stream)
-    packed = quantize(model, policy, *((None, None) if example is None else (example.args, dict(example.kwargs))))
+    packed = quantize(model, policy, *((None, None) if example is None else example.example))
     plan = plan_of(packed)
     assert plan is not None
     return measure(model, packed, plan, data, loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -94,11 +95,19 @@ def forward(model: nn.Module, batch: Batch, name: str = "batch") -> None:
     Raises:
         CalibrationError: the model does not take the batch.
     """
+    with suppress(Enough):
+        run(model, batch, name)
+
+
+def run(model: nn.Module, batch: Batch, name: str = "batch") -> Any:
+    """What the model gives for one batch.
+
+    Raises:
+        CalibrationError: the model does not take the batch.
+    """
     args, kwargs = arguments(batch)
     try:
-        model(*args, **kwargs)
-    except Enough:
-        pass
+        return model(*args, **kwargs)
     except Error:
         raise
     except UNTRACEABLE as error:
