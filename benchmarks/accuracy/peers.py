@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from benchmarks.peers import UnavailableError
 from fp4fx import nvfp4
+from fp4fx.codes import E4M3_MAX
 from fp4fx.site import Site
 
 Codec = Callable[[Tensor, Site], tuple[Tensor, int]]
@@ -53,7 +54,7 @@ def int4(rows: Tensor) -> tuple[Tensor, int]:
 
 def fp8(rows: Tensor, *, per_row: bool) -> tuple[Tensor, int]:
     """Rows [N, K] -> FP8 E4M3, nearest, an fp32 scale of amax/448 for each row or for all."""
-    scale = (rows.abs().amax(1, keepdim=True) if per_row else rows.abs().amax()) / nvfp4.E4M3_MAX
+    scale = (rows.abs().amax(1, keepdim=True) if per_row else rows.abs().amax()) / E4M3_MAX
     scale = scale.where(scale > 0, 1.0)
     return (rows / scale).to(torch.float8_e4m3fn).float() * scale, rows.numel() + scale.numel() * 4
 
