@@ -14,11 +14,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from tqdm import tqdm
 
 from fp4fx.calibration.data import Batches, forward
 from fp4fx.calibration.job import INPUTS, Job
-from fp4fx.calibration.moments import moments
+from fp4fx.calibration.moments import Moments, moments
 from fp4fx.dataflow import op_name
 from fp4fx.graph_sites import GraphSites
 from fp4fx.observe import Call, observe
@@ -58,43 +59,27 @@ class BiasCorrection:
 
     @torch.no_grad()
     def _without_data(self, job: Job, sites: list[Site]) -> None:
-        _, found = symbolic_graph(job.reference)
+        _, graph = symbolic_graph(job.reference)
         for site in sites:
-            uses = [a for s, a in zip(found.sites, found.activations, strict=True) if s.parameter == site.parameter]
-            known = moments(uses[0]) if len(uses) == 1 else "it is used several times, or the trace does not reach it"
-            channels = site.channels * (site.groups if site.op.startswith("conv") else 1)
-            if isinstance(known, str) or len(known.mean) != channels:
-                reason = (
-                    known if isinstance(known, str) else f"{channels} channels of its input are not {len(known.mean)}"
-                )
-                job.record(self, site, f"kept: {reason}")
+            place, known = _place(job, site, None, graph), _input_moments(site, graph)
+            if isinstance(place, str) or isinstance(known, str):
+                job.record(self, site, known if isinstance(known, str) else str(place))
                 continue
-            dense, groups = job.weight(site), channels // site.channels
-
-            def sums(rows: Tensor, x: Tensor, g: int = groups) -> Tensor:
-                """Rows fp32 [N, K], values fp32 [C] of the input's channels -> fp32 [N]."""
-                taps = torch.unflatten(torch.unflatten(rows, 0, (g, -1)), -1, (-1, len(x) // g)).sum(
-                    -2
-                )  # [G, N/G, C/G]
-                return (taps @ x.to(rows.device).view(g, -1, 1)).flatten()
-
-            smoothed = job.smoothing(site)
-            factors = torch.ones_like(dense) if smoothed is None else smoothed
-            dense, rounding = dense / factors, (dense - job.decoded(site)) / factors
-            shift = sums(rounding, known.mean)
-            power = sums(dense, known.mean).square() + sums(dense.square(), known.variance)
-            if site.op.startswith("conv_transpose"):  # a place is reached by one tap of each stride
-                job.record(self, site, "kept: the mean output of a transposed convolution differs from place to place")
-                continue
-            kept = _correct(job, site, shift, None, found)
+            dense, factors = job.weight(site), job.smoothing(site)
+            rounding = dense - job.decoded(site)
+            if factors is not None:
+                dense, rounding = dense / factors, rounding / factors
+            shift = _products(rounding, known.mean, site)
+            power = _products(dense, known.mean, site).square() + _products(dense.square(), known.variance, site)
+            place.add(shift)
             before = float(shift.square().sum() / power.sum()) if power.any() else 0.0
-            reason = kept or "its mean without data, from BatchNorm statistics"
-            job.record(self, site, reason, before, changed=kept is None)
+            job.record(self, site, "mean output, from BatchNorm statistics", before, changed=True)
 
     @torch.no_grad()
     def _by_data(self, job: Job, sites: list[Site]) -> None:
         """Both models on each batch, the reference first; the error is measured against its outputs."""
-        found = {site.parameter: _Difference() for site in sites}
+        _, graph = symbolic_graph(job.reference)
+        found: dict[str, _Difference] = {}
         wanted: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
         def seen_wanted(call: Call) -> None:
@@ -102,72 +87,70 @@ class BiasCorrection:
             wanted[call.site.parameter].append((y.mean(0), _places(y)))
 
         def seen(call: Call) -> Tensor | None:
-            name = call.site.parameter
-            if not wanted[name]:
+            site, name = call.site, call.site.parameter
+            if name not in found:
+                found[name] = _Difference(_place(job, site, call.arguments["bias"], graph))
+            if not wanted[name] or isinstance(found[name].place, str):
                 return None
             mean, places = wanted[name].pop(0)
             y = _channels_last(call)
             if places.shape != _places(y).shape:
-                found[name].reason = "kept: the models do not run it on inputs of one shape"
+                found[name].place = "kept: the models do not run it on inputs of one shape"
                 return None
-            shift = found[name].add(call, mean - y.mean(0), places, y)
-            return call.output + (shift if call.site.op == "linear" else shift.view(-1, *[1] * (call.output.dim() - 2)))
+            found[name].add(mean - y.mean(0), places, y)
+            shift = (mean - y.mean(0)).to(call.output.dtype)
+            return call.output + (shift if site.op == "linear" else shift.view(-1, *[1] * (call.output.dim() - 2)))
 
-        bar = tqdm(job.batches, desc=self.name, unit="batch", total=job.batches.count, disable=None, leave=False)
+        bar = tqdm(job.batches, desc=self.name, unit="batch", disable=None, leave=False)
         for number, batch in enumerate(bar):
             wanted.clear()
             with observe(job.reference, sites, seen_wanted):
                 forward(job.reference, batch, f"batch {number}, reference")
             with observe(job.model, sites, seen):
                 forward(job.model, batch, f"batch {number}")
-        graph: GraphSites | None = None
         for site in sites:
-            difference = found[site.parameter]
-            reason = difference.unusable()
-            if reason is not None:
-                job.record(self, site, reason)
+            difference = found.get(site.parameter)
+            if difference is None:
+                job.record(self, site, "kept: never reached by the data")
                 continue
-            if difference.bias is None and graph is None:
-                _, graph = symbolic_graph(job.reference)
+            place, reason = difference.place, difference.unusable()
+            if isinstance(place, str) or reason is not None:
+                job.record(self, site, reason or str(place))
+                continue
             shift, before, after = difference.result()
             if after >= before:
                 job.record(self, site, "kept: its mean differs by no more than it varies", before)
                 continue
-            kept = _correct(job, site, shift, difference.bias, graph)
-            job.record(self, site, kept or "mean output", before, after if kept is None else None, changed=kept is None)
+            place.add(shift)
+            job.record(self, site, "mean output", before, after, changed=True)
 
 
 @dataclass
 class _Difference:
     """Reference minus quantized output of one site, over all calls."""
 
+    place: _Place | str
+    """Where to correct it, or why not."""
     shifts: list[Tensor] = field(default_factory=list)
     """fp32 [N] of each call."""
     counts: list[int] = field(default_factory=list)
     total: Tensor | None = None
     """fp32 [3, N]: sums over the places that are compared of the difference, its square, and the reference's square."""
     places: int = 0
-    bias: Tensor | None = None
-    """What the op was given."""
-    reason: str | None = None
 
-    def add(self, call: Call, shift: Tensor, places: Tensor, y: Tensor) -> Tensor:
-        """Take in a call; returns its shift in the dtype of the output."""
-        self.bias = call.arguments["bias"]
+    def add(self, shift: Tensor, places: Tensor, y: Tensor) -> None:
+        """Take in a call: what its mean lacks fp32 [N], the reference's outputs at some places, and its own at all."""
         self.shifts.append(shift)
         self.counts.append(len(y))
         d = places - _places(y)
         sums = torch.stack([d.sum(0), d.square().sum(0), places.square().sum(0)])
         self.total = sums if self.total is None else self.total + sums
         self.places += len(d)
-        return shift.to(call.output.dtype)
 
     def unusable(self) -> str | None:
         """Why there is nothing to correct by, or None."""
-        if self.reason is not None:
-            return self.reason
-        if not self.shifts:
-            return "kept: never reached by the data"
+        if isinstance(self.place, str):
+            return self.place
         if sum(self.counts) < LEAST:
             return f"kept: found {sum(self.counts)} outputs, expected {LEAST} or more; give more data"
         if not torch.stack(self.shifts).isfinite().all():
@@ -198,8 +181,45 @@ def _places(y: Tensor) -> Tensor:
     return y[:: -(-len(y) // PLACES)].clone()
 
 
-def _correct(job: Job, site: Site, shift: Tensor, used: Tensor | None, graph: GraphSites | None) -> str | None:
-    """Add fp32 [N] to what the layer adds to its output; None, or why there is nothing to add it to."""
+def _input_moments(site: Site, graph: GraphSites) -> Moments | str:
+    """Mean and variance of each channel of a site's input, or why they are not known."""
+    uses = [a for s, a in zip(graph.sites, graph.activations, strict=True) if s.parameter == site.parameter]
+    if len(uses) != 1:
+        return "kept: it is used several times, or the trace does not reach it"
+    if site.op.startswith("conv_transpose"):  # a place is reached by one tap of each stride
+        return "kept: the mean output of a transposed convolution differs from place to place"
+    known = moments(uses[0])
+    channels = site.channels * (site.groups if site.op.startswith("conv") else 1)
+    if isinstance(known, Moments) and len(known.mean) != channels:
+        return f"kept: its input has {channels} channels, the BatchNorm ahead of it {len(known.mean)}"
+    return known if isinstance(known, Moments) else f"kept: {known}"
+
+
+def _products(rows: Tensor, x: Tensor, site: Site) -> Tensor:
+    """Rows fp32 [N, K], a value fp32 [C] for each channel of the input -> fp32 [N]: all taps read the same."""
+    groups = len(x) // site.channels
+    taps = torch.unflatten(torch.unflatten(rows, -1, (-1, site.channels)).sum(-2), 0, (groups, -1))  # [G, N/G, C/G]
+    product: Tensor = taps @ x.to(rows.device).view(groups, -1, 1)
+    return product.flatten()
+
+
+@dataclass
+class _Place:
+    """Where what is to be added to a layer's output can go: a bias, or running means behind it."""
+
+    tensors: list[tuple[nn.Module, str]]
+    sign: int
+
+    def add(self, shift: Tensor) -> None:
+        """Add fp32 [N] to the output; the tensors are replaced, as the original may hold them too."""
+        for module, name in self.tensors:
+            old: Tensor = getattr(module, name)
+            new = (old.detach().float() + self.sign * shift).to(old.dtype)
+            setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+
+def _place(job: Job, site: Site, used: Tensor | None, graph: GraphSites) -> _Place | str:
+    """Where a correction of the site's output goes, given the bias that its op used; or why there is no place."""
     module = job.model.get_submodule(site.called_in)
     names = dict(job.model.named_parameters(remove_duplicate=False))
     attention = isinstance(module, nn.MultiheadAttention) and site.attribute == "in_proj_weight"
@@ -208,21 +228,15 @@ def _correct(job: Job, site: Site, shift: Tensor, used: Tensor | None, graph: Gr
         name = next((n for n, p in names.items() if used is not None and p.data_ptr() == used.data_ptr()), "")
     if name:
         path, _, attribute = name.rpartition(".")
-        module, old = job.model.get_submodule(path), names[name]
-        if sum(p is old for p in names.values()) > 1:
+        if sum(p is names[name] for p in names.values()) > 1:
             return f"kept: its bias {name} is another layer's too"
-        if old.shape != shift.shape:
-            return f"kept: {name} has shape {tuple(old.shape)}, its outputs have {len(shift)} channels"
-        setattr(module, attribute, nn.Parameter((old.detach().float() + shift).to(old.dtype), old.requires_grad))
-        return None
-    uses = () if graph is None else zip(graph.sites, graph.nodes, strict=True)
-    nodes = [node for s, node in uses if s.parameter == site.parameter]
+        if tuple(names[name].shape) != (site.rows[0],):
+            return f"kept: {name} has shape {tuple(names[name].shape)}, its outputs have {site.rows[0]} channels"
+        return _Place([(job.model.get_submodule(path), attribute)], 1)
+    nodes = [node for s, node in zip(graph.sites, graph.nodes, strict=True) if s.parameter == site.parameter]
     norms = [user for node in nodes for user in node.users if op_name(user) == "batch_norm"]
-    if not norms or len(nodes) > 1 or any(norm.args[5] for norm in norms):
+    means = [str(norm.args[3].target) for norm in norms if isinstance(norm.args[3], Node) and not norm.args[5]]
+    if len(nodes) != 1 or not means or len(means) < len(norms):
         return "kept: it has no bias, and no BatchNorm in evaluation behind it"
-    for norm in norms:
-        path, _, attribute = str(norm.args[3].target).rpartition(".")  # type: ignore[union-attr]
-        module = job.model.get_submodule(path)
-        mean = module.get_buffer(attribute)
-        setattr(module, attribute, (mean.float() - shift).to(mean.dtype))
-    return None
+    split = (mean.rpartition(".") for mean in means)
+    return _Place([(job.model.get_submodule(path), attribute) for path, _, attribute in split], -1)

@@ -46,6 +46,12 @@ class Batches:
         except TypeError:
             return 1 if self.once else sum(1 for _ in self.batches)
 
+    def __len__(self) -> int:
+        """How many there are, for a progress bar; of an iterator that is not known."""
+        if self.once:
+            raise TypeError("an iterator has no length")
+        return self.count
+
     @cached_property
     def first(self) -> Batch:
         """The first of them."""

@@ -1,6 +1,6 @@
 """What the ops of a site read, as second moments of its columns; and rounding a weight by them.
 
-One input in eight is kept out of the moments, to measure with: of several roundings the best on what none of them has
+One batch in eight is kept out of the moments, to measure with: of several roundings the best on what none of them has
 seen is taken.
 """
 
@@ -24,7 +24,8 @@ from fp4fx.observe import Call, observe
 from fp4fx.site import Site
 
 HELD_OUT = 8
-"""One input in so many is kept from the Hessian: the last ones of each call, or whole calls with less."""
+"""One batch in so many is kept from the Hessian, one at least; with fewer than `FEW` batches the end of each call."""
+FEW = 4
 MEASURED = 1024
 """At most so many of them are kept."""
 LEAST = 4
@@ -81,20 +82,26 @@ def _groups(sites: Sequence[Site], memory: int) -> Iterator[list[Site]]:
         yield group
 
 
+def held_out(count: int) -> range:
+    """The numbers of the batches to measure with, evenly spaced; none of fewer than `FEW`."""
+    return range(HELD_OUT // 2 if count >= HELD_OUT else FEW // 2, count, HELD_OUT) if count >= FEW else range(0)
+
+
 def _observed(job: Job, group: Sequence[Site], samples: int) -> dict[str, Statistics]:
     """What every site of the group read in all batches, in the model as it is now."""
     found: dict[str, Statistics] = {}
     wanted = [site for site in group if job.unfit(site) is None]
     last = wanted[-1].parameter if wanted else None
     share = -(-samples // job.batches.count)
-    calls_of_last = 0
+    calls_of_last = number = 0
+    held = held_out(job.batches.count)
 
     def seen(call: Call) -> None:
         nonlocal calls_of_last
         name = call.site.parameter
         if name not in found:
-            found[name] = Statistics(partial(job.decoded, call.site), -(-MEASURED // job.batches.count))
-        found[name].add(call, share)
+            found[name] = Statistics(partial(job.decoded, call.site), -(-MEASURED // max(len(held), 1)))
+        found[name].add(call, share, held_out=None if not held else number in held)
         calls_of_last += name == last
         if name == last and calls_of_last == job.calls.get(name):
             raise Enough
@@ -112,9 +119,10 @@ def round_site(job: Job, method: Method, site: Site, statistics: Statistics, sol
     dense, now = job.weight(site), job.decoded(site)
     k = dense.shape[1]
     q = job.encoded(site, dense)
-    packed, codes = q.packed.flatten(0, -2), nvfp4.unpack(q.packed).flatten(0, -2)
-    scale = (nvfp4.decode_e4m3(q.scale) * q.global_scale).flatten(0, -2)
-    nearest = nvfp4.dequantize_rows(packed, q.scale.flatten(0, -2), q.global_scale, k, torch.float32)
+    packed = q.packed.reshape(len(dense), -1)
+    codes = nvfp4.unpack(packed)
+    scale = nvfp4.decode_e4m3(q.scale).reshape(len(dense), -1) * q.global_scale
+    nearest = nvfp4.dequantize_rows(packed, q.scale.reshape(len(dense), -1), q.global_scale, k, torch.float32)
     for start, part in statistics.parts.items():
         rows = slice(start, start + part.rows)
         weight, steps = (torch.unflatten(t[rows], 0, (len(part.hessian), -1)) for t in (dense, scale))
@@ -145,7 +153,6 @@ class Part:
     hessian: Tensor
     """fp32 [G, K, K]."""
     count: int = 0
-    calls: int = 0
     measured: list[Tensor] = field(default_factory=list)
     """fp32 [G, P, K] each."""
 
@@ -160,8 +167,8 @@ class Statistics:
         """By first row."""
         self.reason: str | None = None
 
-    def add(self, call: Call, limit: int) -> None:
-        """Take in a call, of which at most `limit` inputs."""
+    def add(self, call: Call, limit: int, *, held_out: bool | None) -> None:
+        """Take in a call, of which at most `limit` inputs: to measure with, not to, or (None) the last of them."""
         if self.reason is not None:
             return
         if call.start not in self.parts:
@@ -176,10 +183,7 @@ class Statistics:
         if x.shape[0] != part.hessian.shape[0]:
             self.reason = "kept: its op reads it in parts that overlap"
             return
-        part.calls += 1
-        held = x.shape[1] // HELD_OUT
-        if not held and part.calls % HELD_OUT == 2:
-            held = x.shape[1]
+        held = min(-(-x.shape[1] // HELD_OUT), x.shape[1] - 1) if held_out is None else held_out * x.shape[1]
         if held:
             part.measured.append(x[:, -held:][:, :: -(-held // self.measured)].clone())
         x = x[:, : x.shape[1] - held]

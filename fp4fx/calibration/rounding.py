@@ -116,7 +116,8 @@ class AdaRound:
         choices = {}
         for s in fit:
             q = encoded[s.parameter]
-            choices[s.parameter] = Choice(job.weight(s), (nvfp4.decode_e4m3(q.scale) * q.global_scale).flatten(0, -2))
+            scale = nvfp4.decode_e4m3(q.scale).reshape(s.rows[0], -1) * q.global_scale
+            choices[s.parameter] = Choice(job.weight(s), scale)
         power = block.error({name: c.nearest() for name, c in choices.items()}, data[:1])
         optimizer = torch.optim.Adam([c.logit for c in choices.values()], lr=self.learning_rate)
         order = torch.Generator().manual_seed(0)
@@ -132,7 +133,7 @@ class AdaRound:
         after = block.error({name: c.final() for name, c in choices.items()}, data[-held:])
         for s in fit:
             if after < before:
-                codes = nvfp4.unpack(encoded[s.parameter].packed).flatten(0, -2)
+                codes = nvfp4.unpack(encoded[s.parameter].packed).reshape(s.rows[0], -1)
                 codes[:, : s.rows[1]] = choices[s.parameter].codes()
                 job.write(s, nvfp4.pack(codes), encoded[s.parameter].scale, encoded[s.parameter].global_scale)
                 job.record(self, s, f"learned with {path or 'the model'}", before, after, changed=True)

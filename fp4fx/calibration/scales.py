@@ -72,10 +72,7 @@ class StaticScales:
             for path, seen in found.items()
         ]
         try:
-            total = job.batches.count if layers else 0
-            bar = tqdm(
-                job.batches if layers else (), desc=self.name, unit="batch", total=total, disable=None, leave=False
-            )
+            bar = tqdm(job.batches if layers else (), desc=self.name, unit="batch", disable=None, leave=False)
             for number, batch in enumerate(bar):
                 forward(job.model, batch, f"batch {number}")
         finally:
