@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def rows_of(name: str, seed: int, inputs: int) -> tuple[list[Row], Row]:
 
     measured = fp4fx.sensitivity(model, batches, policy=everything)
     free = fp4fx.sensitivity(model, policy=everything)
-    rows = [row("none", everything), row("first and last", Policy(depthwise=True, embeddings=True))]
+    rows = [row("none", everything)]
+    for ends in (1, 2):
+        rows.append(row("first and last", replace(everything, skip_first=ends, skip_last=ends), ends))
     for rule, values in (
         ("max_kurtosis", [-r.kurtosis for r in measured.rows if r.kurtosis is not None]),
         ("min_sqnr", [r.weight_sqnr for r in measured.rows]),
@@ -166,7 +169,7 @@ def document(record: Row) -> str:
             if "beside" in r:
                 continue
             other = beside.get((r["rule"], r["value"]))
-            limit = "" if r["value"] is None else f"={r['value']:.2f}"
+            limit = "" if r["value"] is None else f"={r['value']:.2f}".removesuffix(".00")
             table.append(
                 (
                     r["rule"] + limit,

@@ -128,6 +128,10 @@ class _Target:
                 raise PolicyError(f"Policy.for_budget: found {name}={value!r}, expected a finite number, 0 or more")
         if self.sqnr is not None and batches is None:
             raise PolicyError("Policy.for_budget: sqnr is measured, found no batches; pass inputs of the model")
+        if self.accuracy_drop is None and evaluate is not None:
+            raise PolicyError(
+                f"Policy.for_budget: found evaluate beside {self}, expected accuracy_drop, which reads it"
+            )
         if self.accuracy_drop is not None and evaluate is None:
             raise PolicyError(
                 "Policy.for_budget: accuracy_drop is measured, found no evaluate; pass evaluate(model) -> float, "

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from fp4fx.errors import BudgetError
 from fp4fx.plan import Decision
 
+SECONDS = 60.0
+"""That the solver may take."""
 SLACK = 1e-9
 """Relative tolerance of a sum in floating point."""
 
@@ -57,7 +59,7 @@ def groups_of(decisions: Sequence[Decision], sizes: Mapping[str, int]) -> Iterat
 def solve(groups: Sequence[Group], *, nbytes: float | None = None, score: float | None = None) -> Solution:
     """The groups to keep so that the score of the others is least within `nbytes`, or the bytes within `score`.
 
-    Solved by SciPy's `milp` (HiGHS) to the optimum.
+    Solved by SciPy's `milp` (HiGHS) to the optimum, or within the gap that is left after `SECONDS`.
     """
     from scipy import optimize  # noqa: PLC0415  (takes most of a second to import)
 
@@ -78,7 +80,7 @@ def solve(groups: Sequence[Group], *, nbytes: float | None = None, score: float 
             constraints=optimize.LinearConstraint([weight], low, limit),
             bounds=optimize.Bounds(0, 1),
             integrality=[1] * len(groups),
-            options={"mip_rel_gap": 0.0},
+            options={"mip_rel_gap": 0.0, "time_limit": SECONDS},
         )
         if found.x is None:
             raise BudgetError(f"the solver found no choice of {len(groups)} groups: {found.message}")

@@ -228,6 +228,8 @@ def test_what_is_asked_wrongly_is_named(trained):
         Policy.for_budget(model, sqnr=math.nan, batches=[data.images])
     with pytest.raises(PolicyError, match="found no batches"):
         Policy.for_budget(model, sqnr=30)
+    with pytest.raises(PolicyError, match="found evaluate beside bits=5"):
+        Policy.for_budget(model, bits=5, evaluate=lambda _: 1.0)
     with pytest.raises(PolicyError, match="found no evaluate"):
         Policy.for_budget(model, accuracy_drop=0.1)
     with pytest.raises(CalibrationError, match="found a loss and no batches"):
