@@ -1,5 +1,6 @@
 """The figures that are known of the formats, measured anew on fewer values, and those of the committed run."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -65,9 +66,14 @@ def test_the_committed_run_has_the_known_errors(record, name):
 def test_other_libraries_make_the_same_error_of_the_same_format(record):
     rows = [row for row in record["rows"] if row["section"] == "error" and "error" in row]
     found = {(row["format"], row["distribution"]): row["error"] for row in rows}
-    for name in NAMES:
-        assert found["ModelOpt NVFP4", name] == pytest.approx(found["NVFP4, nearest", name], rel=1e-6)
-        assert found["torchao NVFP4", name] == pytest.approx(found["NVFP4, nearest", name], rel=1e-4)
+    pairs = {
+        "ModelOpt NVFP4": "NVFP4, nearest",
+        "torchao NVFP4": "NVFP4, nearest",
+        "torchao MXFP4": "MXFP4",
+        "bitsandbytes NF4": "NF4 g64",
+    }
+    for (theirs, ours), name in itertools.product(pairs.items(), NAMES):
+        assert found[theirs, name] == pytest.approx(found[ours, name], rel=1e-4), (theirs, name)
 
 
 @pytest.mark.parametrize("name", [n for n in KNOWN if n.startswith("NVFP4")])

@@ -28,8 +28,9 @@ blocks. Figures move by half a percent with the seed, those of Student's t with 
   is offered for activations (`activation_scale_rule`).
 * With **one scale per 16x16 tile** the error grows with the tails of the distribution; with one per 16 values it does
   not: kurtosis says nothing about it.
-* A **Hadamard rotation** makes every distribution a Gaussian, or nearly. That helps MXFP4 and INT4 on heavy tails. NVFP4
-  has the error of a Gaussian with it: more behind a ReLU, and on heavy tails more by "nearest", less by the search.
+* A **Hadamard rotation** makes every distribution a Gaussian, or nearly. That helps MXFP4 and INT4 on heavy tails.
+  NVFP4 has the error of a Gaussian with it: more behind a ReLU, and on heavy tails more by "nearest", less by the
+  search.
 * **Scales that are powers of two** (MXFP4, E8M0) cost half as much again, or more.
 
 Other libraries on the same values:
