@@ -26,7 +26,7 @@ from fp4fx.site import Site
 HELD_OUT = 8
 """One batch in so many is kept from the Hessian, one at least; with fewer than `FEW` batches the end of each call."""
 FEW = 4
-MEASURED = 1024
+MEASURED = 512
 """At most so many of them are kept."""
 LEAST = 4
 """A Hessian of K columns wants K / LEAST inputs at least."""
@@ -46,11 +46,11 @@ def each_site(
         job: What is calibrated.
         method: Whose pending sites.
         samples: At most so many inputs of a site are taken, evenly spaced over all batches.
-        memory: Bytes for the statistics of a group; a quarter of the dense model if None.
+        memory: Bytes for the statistics of a group; a third of the dense model if None.
         sites: Some of the pending ones; all if None.
     """
     sites = job.pending(method) if sites is None else sites
-    memory = sum(p.nbytes for p in job.reference.parameters()) // 4 if memory is None else memory
+    memory = sum(p.nbytes for p in job.reference.parameters()) // 3 if memory is None else memory
     with tqdm(total=len(sites), desc=method.name, unit="site", disable=None, leave=False) as bar:
         for group in _groups(job.in_order(sites), memory):
             found = _observed(job, group, samples)

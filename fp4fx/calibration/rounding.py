@@ -51,7 +51,7 @@ class AdaRound:
     samples: int = 65536
     """At most so many inputs (tokens, pixels) of a layer are taken, evenly spaced over all batches."""
     memory: int | None = None
-    """Bytes for second moments of sites, or for inputs and outputs of a block; a quarter of the dense model if None.
+    """Bytes for second moments of sites, or for inputs and outputs of a block; a third of the dense model if None.
     What does not fit of a block's data is not used, but for two batches."""
 
     def passes(self, batches: Batches | None) -> int:
@@ -144,7 +144,7 @@ class AdaRound:
 
     def _data(self, job: Job, path: str) -> list[tuple[Any, Any, Tensor]]:
         """Arguments of the quantized block and output of the original one, batch by batch, as far as memory allows."""
-        room = sum(p.nbytes for p in job.reference.parameters()) // 4 if self.memory is None else self.memory
+        room = sum(p.nbytes for p in job.reference.parameters()) // 3 if self.memory is None else self.memory
         data: list[tuple[Any, Any, Tensor]] = []
         given: list[tuple[Any, Any]] = []
         wanted: list[Tensor] = []
@@ -185,7 +185,7 @@ class Choice:
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
         grid = nvfp4.decode_e2m1(torch.arange(8, dtype=torch.uint8, device=weight.device))
         step = scale.repeat_interleave(nvfp4.BLOCK, -1)[..., : weight.shape[-1]]
-        magnitude = weight.abs() / step
+        magnitude = (weight.abs() / step).contiguous()
         self.lower = (torch.bucketize(magnitude, grid, right=True) - 1).clamp(max=6)
         signed = torch.where(weight < 0, -step, step)
         self.negative = weight < 0
