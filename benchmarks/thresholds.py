@@ -71,8 +71,7 @@ def rows_of(name: str, seed: int, inputs: int) -> tuple[list[Row], Row]:
     measured = fp4fx.sensitivity(model, batches, policy=everything)
     free = fp4fx.sensitivity(model, policy=everything)
     rows = [row("none", everything)]
-    for ends in (1, 2):
-        rows.append(row("first and last", replace(everything, skip_first=ends, skip_last=ends), ends))
+    rows += [row("first and last", replace(everything, skip_first=n, skip_last=n), n) for n in (1, 2)]
     for rule, values in (
         ("max_kurtosis", [-r.kurtosis for r in measured.rows if r.kurtosis is not None]),
         ("min_sqnr", [r.weight_sqnr for r in measured.rows]),
