@@ -21,7 +21,7 @@ Corner cases, decided once:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import get_args
 
@@ -31,13 +31,14 @@ from torch.nn.functional import pad
 
 from fp4fx.codes import E2M1_MAX, E4M3_NAN, decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3, pack, unpack
 from fp4fx.errors import LayoutError, NonFiniteWeightError, PolicyError
-from fp4fx.scales import BLOCK, LARGEST_SCALE, check_rule, finite_abs, scale_codes, weights_of
+from fp4fx.scales import BLOCK, LARGEST_SCALE, UNBIASED, check_rule, finite_abs, scale_codes, searched, weights_of
 from fp4fx.site import Order
 
 __all__ = [
     "BLOCK", "CHUNK", "E2M1_MAX", "E4M3_NAN", "GLOBAL_SCALE_MIN", "LARGEST_SCALE", "NVFP4", "ORDERS", "check_finite",
     "decode_e2m1", "decode_e4m3", "dequantize", "dequantize_rows", "encode_e2m1", "encode_e4m3", "excess_kurtosis",
-    "from_rows", "global_scale", "pack", "quantize", "quantize_rows", "row_length", "sqnr", "to_rows", "unpack",
+    "from_rows", "global_scale", "pack", "quantize", "quantize_rows", "row_length", "sqnr", "to_rows", "unbiased",
+    "unpack",
 ]  # fmt: skip
 
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -161,6 +162,9 @@ def quantize_rows(
         LayoutError: not a float tensor, K = 0, or a global scale of another shape or dtype.
     """
     check_rule(scale_rule, block_rows, weighted=weights is not None)
+    if scale_rule == UNBIASED:
+        packed, scale, g = quantize_rows(rows, global_scale, scale_rule=searched(scale_rule), weights=weights)
+        return packed, scale, g if global_scale is not None else unbiased(rows, packed, scale, g)
     k = row_length(rows.shape, "rows")
     if not rows.is_floating_point():
         raise LayoutError(f"only floating-point values can be quantized, found {rows.dtype}; convert them first")
@@ -177,6 +181,27 @@ def quantize_rows(
     scale = torch.where(poisoned, E4M3_NAN, scale)
     codes = encode_e2m1(blocks / (decode_e4m3(scale) * global_scale).unsqueeze(-1))
     return pack(codes.flatten(-2)), scale, global_scale
+
+
+def unbiased(
+    rows: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor, decode: Callable[..., Tensor] | None = None
+) -> Tensor:
+    """Rows float [..., K] and their encoded form -> g fp32 [] with which they decode to a q where <w, q> = <w, w>.
+
+    Both count in units of g, and the ratio is rounded to 2**-20, so that hardly ever the order of a sum shows. g as it
+    was where there is no such factor between 1/2 and 2. `decode` is `dequantize_rows`, or a kernel in its place.
+    """
+    k, one = rows.shape[-1], torch.ones_like(global_scale)
+    step = max((CHUNK >> 4) // max(k, 1), 1)
+    whole = along = torch.zeros((), dtype=torch.float64, device=rows.device)
+    parts = (torch.split(x.detach().reshape(-1, x.shape[-1]), step) for x in (rows, packed, scale))
+    for part, codes, scales in zip(*parts, strict=True):
+        w = (part.float() / global_scale).flatten()
+        q = (decode or dequantize_rows)(codes, scales, one, k, torch.float32).flatten()
+        whole, along = whole + w.dot(w), along + w.dot(q)
+    factor = (whole / along * 2.0**20).round() * 2.0**-20
+    usable = (factor >= 0.5) & (factor <= 2)
+    return torch.where(usable, global_scale.double() * factor, global_scale.double()).float()
 
 
 def dequantize_rows(
@@ -240,16 +265,19 @@ def quantize(
     unit = BLOCK if rows.dim() == 2 else 1  # a part ends with a tile; of a 3-d tensor it is whole matrices
     step = max(CHUNK // max(rows[:unit].numel(), 1), 1) * unit
     parts = torch.split(rows, step) if rows.dim() > 1 else (rows,)
+    given, rule = global_scale, searched(scale_rule)
     if global_scale is None:
-        global_scale = _scale_of(_amax(rows), scale_rule)
+        global_scale = _scale_of(_amax(rows), rule)
     encoded = []
     for i, part in enumerate(parts):
         its = weights
         if weights is not None and weights.dim() == 3:  # one for a group of rows
             group = torch.arange(i * step, i * step + len(part), device=x.device) // (len(rows) // len(weights))
             its = weights[group]
-        encoded.append(quantize_rows(part, global_scale, scale_rule=scale_rule, block_rows=block[0], weights=its))
+        encoded.append(quantize_rows(part, global_scale, scale_rule=rule, block_rows=block[0], weights=its))
     packed, scale = (torch.cat(tensors) for tensors in list(zip(*encoded, strict=True))[:2])
+    if scale_rule == UNBIASED and given is None:
+        global_scale = unbiased(rows, packed, scale, global_scale)
     return NVFP4(packed, scale, global_scale, x.shape, x.dtype, order, groups)
 
 

@@ -17,7 +17,7 @@ from fp4fx.effective import settled
 from fp4fx.errors import LayoutError, PlanError, PolicyError
 from fp4fx.fields import read
 from fp4fx.patterns import first_match
-from fp4fx.policy import Activations, Block, Compute, Policy, ScaleRule
+from fp4fx.policy import Activations, Block, Compute, Policy, ScaleRule, WeightRule
 from fp4fx.rules import RULES, Context, counts, no_values, weight_only
 from fp4fx.site import Note, Site
 from fp4fx.trace import Trace
@@ -34,7 +34,7 @@ FOLDED = "skip_norms"
 class Spec:
     """How a site is quantized."""
 
-    scale_rule: ScaleRule
+    scale_rule: WeightRule
     block: Block
     activations: Activations
     weight_only_reason: str | None = None
@@ -280,7 +280,7 @@ def _with_computed(trace: Trace, computed: Mapping[str, Sequence[str]]) -> Trace
     )
 
 
-def weight_sqnr(weight: Tensor, site: Site, scale_rule: ScaleRule, block: Block) -> float:
+def weight_sqnr(weight: Tensor, site: Site, scale_rule: WeightRule, block: Block) -> float:
     """Weight of the site, any float dtype -> signal to quantization noise ratio in dB of its NVFP4 form."""
     nvfp4.check_finite(weight, site.parameter)
     with torch.no_grad():

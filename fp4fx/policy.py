@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Weights = Literal["nvfp4"] | None
 Activations = Literal["nvfp4", "nvfp4-static"] | None
 ScaleRule = Literal["max", "search", "four_over_six", "four_over_six_mae"]
+WeightRule = Literal["max", "search", "four_over_six", "four_over_six_mae", "unbiased"]
 Compute = Literal["bf16", "bf16_operands", "fp32", "int8"]
 Block = tuple[Literal[1, 16], Literal[16]]
 Changes = tuple[tuple[str, Any], ...]
@@ -28,7 +29,7 @@ Changes = tuple[tuple[str, Any], ...]
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "weights": ("nvfp4", None),
     "activations": (None, "nvfp4", "nvfp4-static"),
-    "scale_rule": (*get_args(ScaleRule), None),
+    "scale_rule": (*get_args(WeightRule), None),
     "activation_scale_rule": get_args(ScaleRule),
     "block": ((1, 16), (16, 16)),
     "compute": get_args(Compute),
@@ -85,11 +86,12 @@ class Policy:
     overrides: tuple[tuple[Pattern, Changes], ...] = ()
     """Pattern -> changed fields, as a mapping or pairs; the first pattern that matches a site gives it its own version
     of the policy. What is about the whole model (skip_first/last, include, exclude, on_fallback) cannot be changed."""
-    scale_rule: ScaleRule | None = None
+    scale_rule: WeightRule | None = None
     """How the scale of a block of weights is chosen (see `fp4fx.scales`). "max": block maximum / 6. "search": the one
-    of least squared error among those around it, a quarter less error in eight times the time. "four_over_six",
-    "four_over_six_mae": block maximum / 6 or / 4, by squared or absolute error. None: "search", or "max" for tiles of
-    16x16."""
+    of least squared error among those around it, a quarter less error in eight times the time. "unbiased": the same
+    with a global scale that makes up for what rounding takes off the weight's own direction (.5 to 1 %, which adds up
+    from layer to layer). "four_over_six", "four_over_six_mae": block maximum / 6 or / 4, by squared or absolute error.
+    None: "unbiased", or "max" for tiles of 16x16."""
     activation_scale_rule: ScaleRule = "max"
     """The same for activations that are quantized, on every call: "four_over_six" makes a sixth less error and takes
     longer, "search" a quarter less."""
@@ -131,9 +133,9 @@ class Policy:
             self.overridden(pattern)
 
     @property
-    def weight_rule(self) -> ScaleRule:
+    def weight_rule(self) -> WeightRule:
         """`scale_rule`, or the best for the block where that is None."""
-        return self.scale_rule or ("search" if self.block == (1, 16) else "max")
+        return self.scale_rule or ("unbiased" if self.block == (1, 16) else "max")
 
     def overridden(self, pattern: Pattern) -> Policy:
         """The policy of the sites that fall under the override `pattern`."""

@@ -393,7 +393,7 @@ def test_plan_of_a_real_model_counts_all_bytes_and_changes_nothing():
 
 def test_plan_with_min_sqnr_measures_the_weights():
     net = model()
-    sqnr = weight_sqnr(net[2].weight, plan(net).decision_for("2.weight").site, "search", (1, 16))
+    sqnr = weight_sqnr(net[2].weight, plan(net).decision_for("2.weight").site, "unbiased", (1, 16))
     assert len(plan(net, Policy(min_sqnr=sqnr - 0.01)).quantized) == 1
     found = plan(net, Policy(min_sqnr=sqnr + 0.01)).decision_for("2.weight")
     assert found.rule == "min_sqnr"

@@ -144,3 +144,24 @@ def test_a_row_alone_has_importance():
     x, importance = torch.randn(40), torch.rand(40)
     q = nvfp4.quantize(x, scale_rule="search", importance=importance)
     assert torch.equal(q.scale, nvfp4.quantize(x[None], scale_rule="search", importance=importance).scale[0])
+
+
+@pytest.mark.parametrize("quantize", [nvfp4.quantize, encoding.quantize])
+def test_unbiased_keeps_the_length_along_the_tensor_and_the_codes_of_search(quantize):
+    x = torch.randn(300, 5000, generator=torch.Generator().manual_seed(2))
+    found, searched = quantize(x, scale_rule="unbiased"), quantize(x, scale_rule="search")
+    assert torch.equal(found.packed, searched.packed) and torch.equal(found.scale, searched.scale)
+    w, q, s = (t.double() for t in (x, nvfp4.dequantize(found), nvfp4.dequantize(searched)))
+    assert (w * q).sum() / (w * w).sum() == pytest.approx(1, abs=2e-6)
+    assert (w * s).sum() / (w * w).sum() < 0.9945
+    assert (w - q).square().sum() < 1.01 * (w - s).square().sum()
+    op = torch.ops.fp4fx.quantize(x, scale_rule="unbiased")
+    assert op[2] == found.global_scale == nvfp4.quantize_rows(x, scale_rule="unbiased")[2]
+
+
+def test_unbiased_leaves_a_given_scale_and_tensors_without_a_length_alone():
+    g = torch.tensor(0.25)
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
+    assert nvfp4.quantize(x, scale_rule="unbiased", global_scale=g).global_scale == g
+    assert nvfp4.quantize(torch.zeros(4, 32), scale_rule="unbiased").global_scale == 1
+    assert nvfp4.quantize(torch.zeros(0, 32), scale_rule="unbiased").global_scale == 1

@@ -20,6 +20,8 @@ _WITH_EPILOGUE = ("linear", "conv", "conv_transpose")
 def _refuse(request: Request) -> str | None:
     if request.freezing:
         return "Inductor's freezing would fold the decoded weight back to a dense constant"
+    if request.op == "quantize" and request.scale_rule not in ("max", "four_over_six", "four_over_six_mae"):
+        return f"scale_rule={request.scale_rule!r} in loops takes a minute to compile"
     return None
 
 

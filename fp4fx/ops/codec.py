@@ -10,6 +10,7 @@ from torch import Tensor
 from fp4fx import nvfp4
 from fp4fx.ops.library import Body, check_weight, define, in_format_of, undecoded, unencoded
 from fp4fx.policy import Compute
+from fp4fx.scales import UNBIASED, searched
 from fp4fx.site import Order
 
 
@@ -17,6 +18,7 @@ from fp4fx.site import Order
     "(Tensor x, Tensor? global_scale=None, str order='rows', SymInt groups=1, str scale_rule='max', int block_rows=1)"
     " -> (Tensor packed, Tensor scale, Tensor global_scale)",
     encode=unencoded,
+    decode=undecoded,
 )
 def quantize(
     x: Tensor,
@@ -27,11 +29,14 @@ def quantize(
     block_rows: int = 1,
     *,
     encode: Body = nvfp4.quantize_rows,
+    decode: Body = nvfp4.dequantize_rows,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x fp -> packed u8 [..., ceil(K/16)*8], scale u8 [..., ceil(K/16)], global_scale fp32 [] (None: dynamic)."""
     torch._check(x.is_floating_point(), lambda: f"x must be floating point, is {x.dtype}")
     rows = nvfp4.to_rows(x, order, groups)
-    packed, scale, used = encode(rows, global_scale, scale_rule=scale_rule, block_rows=block_rows)
+    packed, scale, used = encode(rows, global_scale, scale_rule=searched(scale_rule), block_rows=block_rows)
+    if scale_rule == UNBIASED and global_scale is None:
+        used = nvfp4.unbiased(rows, packed, scale, used, decode)
     return packed, scale, used if global_scale is None else used.clone()
 
 
@@ -84,6 +89,6 @@ def fake_quantize(
 
     `compute` is dequantize's.
     """
-    q = quantize(x, global_scale, order, groups, scale_rule, block_rows, encode=encode)
+    q = quantize(x, global_scale, order, groups, scale_rule, block_rows, encode=encode, decode=decode)
     dense: Tensor = dequantize(*q, x.shape, x.dtype, order, groups, decode=decode)
     return in_format_of(x, dense)

@@ -17,7 +17,7 @@ def rounded(weight, axis):
     turned = weight.detach().movedim(axis, -1)
     rows = turned.reshape(-1, turned.shape[-1])
     k = rows.shape[-1]
-    codes = nvfp4.quantize_rows(rows, scale_rule="search")
+    codes = nvfp4.quantize_rows(rows, scale_rule="unbiased")
     return nvfp4.dequantize_rows(*codes, k, weight.dtype).reshape(turned.shape).movedim(-1, axis)
 
 

@@ -12,6 +12,7 @@ from torch.fx import Node
 from fp4fx import capture
 from fp4fx.kernels.cpu import fused, library
 from fp4fx.registry import Kernel, Request
+from fp4fx.scales import LARGEST_SCALE
 
 _FEW = 8
 """Results per group of a convolution from which on its kernels are worth it."""
@@ -26,6 +27,8 @@ def _refuse(request: Request) -> str | None:
         return f"{request.groups} groups of {request.n // request.groups} channels leave most of a vector empty"
     if any(padding < 0 for padding in request.padding):
         return f"negative padding {request.padding}"
+    if request.op == "quantize" and request.scale_rule not in LARGEST_SCALE:
+        return f"scale_rule={request.scale_rule!r} is the op's own body around the kernel"
     return library.load()  # last: it may build
 
 

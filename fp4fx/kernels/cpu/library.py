@@ -19,7 +19,7 @@ from fp4fx import nvfp4, ops
 from fp4fx.errors import KernelError
 from fp4fx.kernels.cpu import build as builder
 from fp4fx.ops.library import LIBRARY, Body
-from fp4fx.scales import check_rule, weights_of
+from fp4fx.scales import UNBIASED, check_rule, searched, weights_of
 from fp4fx.site import Order
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def _decode(packed: Tensor, scale: Tensor, global_scale: Tensor, k: int, dtype: 
 
 
 _EAGER: dict[str, dict[str, Body]] = {
-    "quantize": {"encode": _encode},
+    "quantize": {"encode": _encode, "decode": _decode},
     "fake_quantize": {"encode": _encode, "decode": _decode},
     "dequantize": {"decode": _decode},
     "embedding": {"decode": _decode},
@@ -125,5 +125,9 @@ def quantize(
         check_rule(scale_rule, block[0], weighted=True)
         rows = nvfp4.to_rows(x.detach(), order, groups)
         weights = weights_of(importance, rows)
-        packed, scale, used = torch.ops.fp4fx_cpu.quantize.default(rows, scale_rule=scale_rule, weights=weights)
+        packed, scale, used = torch.ops.fp4fx_cpu.quantize.default(
+            rows, scale_rule=searched(scale_rule), weights=weights
+        )
+        if scale_rule == UNBIASED:
+            used = nvfp4.unbiased(rows, packed, scale, used, _decode)
     return nvfp4.NVFP4(packed, scale, used, x.shape, x.dtype, order, groups)

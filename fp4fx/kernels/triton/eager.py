@@ -15,6 +15,7 @@ from torch import Tensor
 from fp4fx import nvfp4, ops
 from fp4fx.kernels import triton
 from fp4fx.ops.library import LIBRARY, Body
+from fp4fx.scales import searched
 from fp4fx.site import Order
 from fp4fx.target import target_of
 
@@ -35,7 +36,7 @@ def _takes(rows: Tensor, scale_rule: str) -> bool:
         return False
     from fp4fx.kernels.triton import quantize  # noqa: PLC0415  (which imports Triton)
 
-    return quantize.refuse_quantize(scale_rule) is None and rows.shape[-1] <= quantize.LONGEST
+    return quantize.refuse_quantize(searched(scale_rule)) is None and rows.shape[-1] <= quantize.LONGEST
 
 
 def quantize(
@@ -76,7 +77,7 @@ def decode(packed: Tensor, scale: Tensor, global_scale: Tensor, k: int, dtype: t
 
 
 BODIES: dict[str, Body] = {
-    "quantize": functools.partial(ops.quantize, encode=encode),
+    "quantize": functools.partial(ops.quantize, encode=encode, decode=decode),
     "fake_quantize": functools.partial(ops.fake_quantize, encode=encode, decode=decode),
     "dequantize": functools.partial(ops.dequantize, decode=decode),
     "embedding": functools.partial(ops.embedding, decode=decode),
