@@ -2,7 +2,8 @@
 
 Columns are rounded one after another, and what is left of each error is made up for by the columns to come, as the
 inputs' second moments H = XᵀX say: with U the upper Cholesky factor of H⁻¹, column j's error divided by U_jj is taken
-off column k U_jk times. Scales stand before any column is rounded, by search, so that the order of columns is free.
+off column k U_jk times. Scales stand before any column is rounded, by search for the least error weighted by H's
+diagonal, so that the order of columns is free.
 """
 
 from __future__ import annotations

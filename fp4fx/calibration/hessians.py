@@ -31,6 +31,9 @@ MEASURED = 512
 LEAST = 4
 """A Hessian of K columns wants K / LEAST inputs at least."""
 
+GAIN = 0.02
+"""The part of the measured error that is to go, if a weight is to be changed: less may be chance."""
+
 Solve = Callable[[Tensor, Tensor, Tensor], Tensor | str]
 """Weight fp32 [G, R, K], H fp32 [G, K, K], scale fp32 [G, R, ceil(K/16)] -> codes u8 [G, R, K], or why not."""
 
@@ -118,7 +121,7 @@ def round_site(job: Job, method: Method, site: Site, statistics: Statistics, sol
     """Write the best of the weight as it is, its nearest values with searched scales, and the codes of `solve`."""
     dense, now = job.weight(site), job.decoded(site)
     k = dense.shape[1]
-    q = job.encoded(site, dense)
+    q = job.encoded(site, dense, statistics.importance(len(dense)))
     packed = q.packed.reshape(len(dense), -1)
     codes = nvfp4.unpack(packed)
     scale = nvfp4.decode_e4m3(q.scale).reshape(len(dense), -1) * q.global_scale
@@ -133,7 +136,7 @@ def round_site(job: Job, method: Method, site: Site, statistics: Statistics, sol
         codes[rows, :k] = solved.flatten(0, 1)
     learned = nvfp4.decode_e2m1(codes[:, :k]) * scale.repeat_interleave(nvfp4.BLOCK, -1)[:, :k]
     before, plain, after = (statistics.error(dense, found) for found in (now, nearest, learned))
-    if before <= min(plain, after):
+    if min(plain, after) > (1 - GAIN) * before:
         job.record(
             method, site, f"kept: {method.name} has an error of {after:.2e}, rounding one of {plain:.2e}", before
         )
@@ -207,6 +210,14 @@ class Statistics:
         if not any(part.hessian.any() for part in self.parts.values()):
             return "kept: its inputs are all zero"
         return None
+
+    def importance(self, rows: int) -> Tensor | None:
+        """The mean square of every column's inputs fp32 [G, K]; None unless the parts are all rows in equal groups."""
+        parts = [part for _, part in sorted(self.parts.items())]
+        sizes = {part.rows // len(part.hessian) for part in parts}
+        if len(sizes) > 1 or sum(part.rows for part in parts) < rows:
+            return None
+        return torch.cat([part.hessian.diagonal(dim1=-2, dim2=-1) / part.count for part in parts])
 
     def error(self, wanted: Tensor, found: Tensor) -> float:
         """Rows fp32 [N, K] twice -> ‖(found - wanted) · x‖² / ‖wanted · x‖² on the inputs kept for it."""

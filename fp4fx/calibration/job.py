@@ -155,10 +155,16 @@ class Job:
         """The rule for its scales: by search, where a block has one row."""
         return "search" if self.spec(site).block[0] == 1 else "max"
 
-    def encoded(self, site: Site, rows: Tensor) -> nvfp4.NVFP4:
-        """Rows fp32 [N, K] -> their nearest values, with the scales of `rule`, in the shape that they are stored in."""
+    def encoded(self, site: Site, rows: Tensor, importance: Tensor | None = None) -> nvfp4.NVFP4:
+        """Rows fp32 [N, K] -> their nearest values, with the scales of `rule`, in the shape that they are stored in.
+
+        `importance` fp32 [G, K], of G equal parts of the rows, is that of `nvfp4.quantize`; the result is [N, .] then.
+        """
+        rule, block = self.rule(site), self.spec(site).block
+        if importance is not None and rule == "search":
+            return encoding.quantize(rows, scale_rule=rule, block=block, importance=importance)
         rows = rows.reshape(*self.stored(site)[1].shape[:-1], -1)
-        return encoding.quantize(rows, scale_rule=self.rule(site), block=self.spec(site).block)
+        return encoding.quantize(rows, scale_rule=rule, block=block)
 
     def write(self, site: Site, packed: Tensor, scale: Tensor, global_scale: Tensor) -> None:
         """Put new parts, of any shape that holds as many bytes, into a packed parameter, in place."""

@@ -168,3 +168,40 @@ def test_a_compiled_graph_sees_the_new_weights():
         fp4fx.calibrate(fast, [torch.randn(256, 64) for _ in range(2)], reference=model, methods=["gptq"])
         assert not torch.equal(fast(x), old)
         torch.testing.assert_close(fast(x), qmodel(x))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(32, 16, 3, padding=1, groups=2), lambda: nn.Conv2d(32, 16, 1)])
+def test_channels_of_different_size_decide_the_scales(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(make()).eval()
+    size = torch.exp(1.5 * torch.randn(32))[:, None, None]
+    qmodel, fresh = fp4fx.quantize(model, ALL), torch.randn(16, 32, 8, 8) * size
+    before = error(qmodel, model, fresh)
+    batches = [torch.randn(8, 32, 8, 8) * size for _ in range(8)]
+    fp4fx.calibrate(qmodel, batches, reference=model, methods=["gptq"])
+    assert error(qmodel, model, fresh) < 0.5 * before
+
+
+def test_a_stack_of_matrices_has_moments_of_its_own():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 32, 48))
+
+        def forward(self, x):
+            return torch.bmm(x, self.w), x[1] @ self.w[1]
+
+    torch.manual_seed(0)
+    model = Stack().eval()
+    batches = [torch.stack([correlated(256, 32, rho) for rho in (0.95, 0.0, -0.95)]) for _ in range(4)]
+    qmodel = fp4fx.quantize(model, ALL, (batches[0],))
+    fp4fx.calibrate(qmodel, batches, reference=model, methods=["gptq"])
+    assert "parts that overlap" in steps(qmodel)["w"].reason
+    Stack.forward = lambda self, x: torch.bmm(x, self.w)
+    model = Stack().eval()
+    qmodel, fresh = fp4fx.quantize(model, ALL, (batches[0],)), batches[0].flip(1)
+    with torch.no_grad():
+        before = ((qmodel(fresh) - model(fresh)).square().mean((1, 2)) / model(fresh).square().mean((1, 2))).tolist()
+        fp4fx.calibrate(qmodel, batches[1:], reference=model, methods=["gptq"])
+        after = ((qmodel(fresh) - model(fresh)).square().mean((1, 2)) / model(fresh).square().mean((1, 2))).tolist()
+    assert after[0] < 0.6 * before[0] and after[2] < 0.6 * before[2] and after[1] < 1.2 * before[1]
