@@ -58,7 +58,7 @@ def calibrate(
     if model.training:
         raise CalibrationError("calibrate: found a model in training mode, expected evaluation; call model.eval()")
     data = None if batches is None else Batches(batches, model)
-    job = Job(model, reference, data, again)
+    job = Job(model, getattr(reference, "_orig_mod", reference), data, again)
     _check(job, chosen)
     for method in chosen:
         method.run(job)
@@ -90,6 +90,8 @@ def _check(job: Job, methods: Sequence[Method]) -> None:
         )
     if job.original is None:
         return
+    if job.original.training:
+        raise CalibrationError("reference: found a model in training mode, expected evaluation; call model.eval()")
     record = calibration_of(job.model)
     lost = [s.parameter for s in (record.steps if record else ()) if s.method == Smoothing.name and s.changed]
     lost = [site.parameter for site in job.sites if site.parameter in lost and job.smoothing(site) is None]

@@ -60,9 +60,13 @@ def test_bad_models_and_methods_are_named(model):
         ),
         (lambda: fp4fx.calibrate(qmodel, batches(), methods=[GPTQ]), "no instance of a method"),
         (lambda: fp4fx.calibrate(qmodel, batches(), reference=qmodel, methods=["gptq"]), "found a quantized model"),
-        (lambda: fp4fx.calibrate(qmodel, batches(), reference=ConvNet(16), methods=["gptq"]), "another shape"),
-        (lambda: fp4fx.calibrate(qmodel, batches(), reference=nn.Linear(2, 2), methods=["gptq"]), "or none"),
+        (lambda: fp4fx.calibrate(qmodel, batches(), reference=ConvNet(16).eval(), methods=["gptq"]), "another shape"),
+        (lambda: fp4fx.calibrate(qmodel, batches(), reference=nn.Linear(2, 2).eval(), methods=["gptq"]), "or none"),
         (lambda: fp4fx.calibrate(qmodel, methods=["static_scales"]), "static_scales: found no batches"),
+        (
+            lambda: fp4fx.calibrate(qmodel, batches(), reference=ConvNet(), methods=["gptq"]),
+            "reference: .* training mode",
+        ),
         (lambda: StaticScales(rule="median"), "a rule of max, percentile, mse"),
         (lambda: fp4fx.calibrate(fp4fx.quantize(model, ALL).train(), batches(), reference=model), "training mode"),
     ):
