@@ -5,7 +5,7 @@
   absolute error. Of equals s. Cook et al., "Four Over Six", arXiv 2512.02010.
 * "search": of the scales from 3 codes below that of "max" to 7 above, the one of least squared error, the lowest of
   equals. That range holds the best of all scales ("ScaleSweep", arXiv 2606.07618).
-* "unbiased": the codes and scales of "search", and g times <w, w>/<w, q>. Least squares shrink: what is left of w in the
+* "unbiased": the codes and scales of "search", g times <w, w>/<w, q>. Least squares shrink: what is left of w in the
   rounded q is .5 to 1 % too small, which adds up from layer to layer where no norm of the input makes up for it.
 
 All but "max" take g = amax/(6·256), which leaves room above.
