@@ -22,6 +22,7 @@ from fp4fx.calibration.inputs import input_rows, weight_rows
 from fp4fx.calibration.job import Job, Method
 from fp4fx.observe import Call, observe
 from fp4fx.site import Site
+from fp4fx.target import give_memory_back
 
 HELD_OUT = 8
 """One batch in so many is kept from the Hessian, one at least; with fewer than `FEW` batches the end of each call."""
@@ -65,6 +66,8 @@ def each_site(
                     job.record(method, site, reason or "")
                 else:
                     yield site, statistics
+                statistics = None
+                give_memory_back()
                 bar.update()
 
 
