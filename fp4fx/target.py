@@ -61,7 +61,7 @@ def _cpu() -> Target:
 
 
 def give_memory_back() -> None:
-    """Let the C library return what was freed to the system: glibc keeps it, in pieces that large tensors do not fit."""
+    """Return what was freed to the system: glibc keeps it, in pieces that large tensors do not fit."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
