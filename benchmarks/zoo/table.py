@@ -19,8 +19,8 @@ INTRODUCTION = """# The zoo
 
 Every model of timm and torchvision (but `quantized_*`), and small ones of transformers, written by
 `python -m benchmarks.zoo`. Weights are random, so the SQNR of an output says that nothing is broken, not how accurate a
-trained model is. A run goes on where the last one ended, so a row is of the tree that wrote it; `--fresh` measures all of
-them anew.
+trained model is. A run goes on where the last one ended, so a row is of the tree that wrote it; `--fresh` measures all
+of them anew.
 
 1. **plan**: `fp4fx.plan` on the meta device; every parameter of two dimensions or more is a site, or named with a
    reason.
