@@ -72,7 +72,8 @@ def test_environment_says_where_and_when():
     assert where["device"] == where["cpu"] != ""
     assert where["date"].endswith("+00:00")
     assert json.loads(json.dumps(where)) == where
-    assert f"{where['cpu']}, {where['threads']} threads" in bench.headline(where)
+    assert f"{where['cpu']}, 1 thread, torch" in bench.headline({**where, "threads": 1})
+    assert f"{where['cpu']}, 2 threads, torch" in bench.headline({**where, "threads": 2})
 
 
 def row(candidate, low, high, weights=1):

@@ -18,7 +18,7 @@ def rows(found):
     return {row.parameter: row for row in found.rows}
 
 
-def rounded(weight, order="rows", groups=1, rule="search"):
+def rounded(weight, order="rows", groups=1, rule="unbiased"):
     """The weight that NVFP4 holds, by the definition of the format."""
     q = nvfp4.quantize(weight.detach(), scale_rule=rule, order=order, groups=groups)
     return nvfp4.dequantize(q, torch.float32)

@@ -200,7 +200,7 @@ def test_under_autocast_the_result_has_its_dtype():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found, expected = torch.compile(quantized, backend="fp4fx")(x), quantized(x)
     assert found.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=5e-2)
 
 
 def test_files_hold_columns_and_those_of_before_load(tmp_path):
