@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -101,8 +101,10 @@ def forward(model: nn.Module, batch: Batch, name: str = "batch") -> None:
     Raises:
         CalibrationError: the model does not take the batch.
     """
-    with suppress(Enough):
+    try:
         run(model, batch, name)
+    except Enough as end:
+        traceback.clear_frames(end.__traceback__)  # their locals are the activations of the whole forward
 
 
 def run(model: nn.Module, batch: Batch, name: str = "batch") -> Any:

@@ -116,6 +116,7 @@ def _observed(job: Job, group: Sequence[Site], samples: int) -> dict[str, Statis
         for number, batch in enumerate(job.batches if wanted else ()):
             calls_of_last = 0
             forward(job.model, batch, f"batch {number}")
+            give_memory_back()
     return found
 
 
