@@ -11,8 +11,11 @@ from fp4fx.kernels.cpu import library
 from fp4fx.kernels.triton import eager
 from fp4fx.site import Order
 
-KERNELS: dict[str, Callable[..., nvfp4.NVFP4 | None]] = {"cpu": library.quantize, "cuda": eager.quantize}
-"""By device type; one answers None to what it does not take."""
+KERNELS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor] | None]] = {
+    "cpu": library.quantize,
+    "cuda": eager.quantize,
+}
+"""By device type: packed, scale and global scale of a tensor, or None for what a kernel does not take."""
 
 
 def quantize(
@@ -26,7 +29,8 @@ def quantize(
 ) -> nvfp4.NVFP4:
     """`nvfp4.quantize`: by Triton on CUDA, by the CPU's library if that is built, else by the definition itself."""
     kernel = KERNELS.get(x.device.type)
-    q = None if kernel is None else kernel(x, scale_rule, block, order, groups, importance)
-    if q is not None:
-        return q
+    if kernel is not None and tuple(block) in ((1, nvfp4.BLOCK), (nvfp4.BLOCK, nvfp4.BLOCK)):
+        parts = kernel(x.detach(), scale_rule, block[0], order, groups, importance)
+        if parts is not None:
+            return nvfp4.NVFP4(*parts, x.shape, x.dtype, order, groups)
     return nvfp4.quantize(x, scale_rule=scale_rule, block=block, order=order, groups=groups, importance=importance)

@@ -107,27 +107,18 @@ _EAGER: dict[str, dict[str, Body]] = {
 
 
 def quantize(
-    x: Tensor,
-    scale_rule: str,
-    block: tuple[int, int],
-    order: Order,
-    groups: int,
-    importance: Tensor | None,
-) -> nvfp4.NVFP4 | None:
-    """`nvfp4.quantize` of a tensor on the CPU by the kernel; None if it does not take it or is not in the cache."""
-    if x.dtype not in DTYPES or tuple(block) not in ((1, nvfp4.BLOCK), (nvfp4.BLOCK, nvfp4.BLOCK)):
-        return None
-    if load(build=False) is not None:
+    x: Tensor, scale_rule: str, block_rows: int, order: Order, groups: int, importance: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A tensor on the CPU by the kernel, see `fp4fx.kernels.encoding`; None if the library is not in the cache."""
+    if x.dtype not in DTYPES or load(build=False) is not None:
         return None
     if importance is None:
-        packed, scale, used = torch.ops.fp4fx.quantize.default(x, None, order, groups, scale_rule, block[0])
-    else:
-        check_rule(scale_rule, block[0], weighted=True)
-        rows = nvfp4.to_rows(x.detach(), order, groups)
-        weights = weights_of(importance, rows)
-        packed, scale, used = torch.ops.fp4fx_cpu.quantize.default(
-            rows, scale_rule=searched(scale_rule), weights=weights
+        parts: tuple[Tensor, Tensor, Tensor] = torch.ops.fp4fx.quantize.default(
+            x, None, order, groups, scale_rule, block_rows
         )
-        if scale_rule == UNBIASED:
-            used = nvfp4.unbiased(rows, packed, scale, used, _decode)
-    return nvfp4.NVFP4(packed, scale, used, x.shape, x.dtype, order, groups)
+        return parts
+    check_rule(scale_rule, block_rows, weighted=True)
+    rows = nvfp4.to_rows(x, order, groups)
+    weights = weights_of(importance, rows)
+    packed, scale, used = torch.ops.fp4fx_cpu.quantize.default(rows, scale_rule=searched(scale_rule), weights=weights)
+    return packed, scale, nvfp4.unbiased(rows, packed, scale, used, _decode) if scale_rule == UNBIASED else used

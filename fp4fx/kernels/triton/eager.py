@@ -40,19 +40,13 @@ def _takes(rows: Tensor, scale_rule: str) -> bool:
 
 
 def quantize(
-    x: Tensor,
-    scale_rule: str,
-    block: tuple[int, int],
-    order: Order,
-    groups: int,
-    importance: Tensor | None,
-) -> nvfp4.NVFP4 | None:
-    """`nvfp4.quantize` of a tensor on CUDA by the kernel; None if it does not take it."""
-    one_block = tuple(block) in ((1, nvfp4.BLOCK), (nvfp4.BLOCK, nvfp4.BLOCK))
-    if not one_block or importance is not None or not _takes(nvfp4.to_rows(x, order, groups), scale_rule):
+    x: Tensor, scale_rule: str, block_rows: int, order: Order, groups: int, importance: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A tensor on CUDA by the kernel, see `encoding`; it does not weight errors."""
+    if importance is not None or not _takes(nvfp4.to_rows(x, order, groups), scale_rule):
         return None
-    packed, scale, used = BODIES["quantize"](x.detach(), None, order, groups, scale_rule, block[0])
-    return nvfp4.NVFP4(packed, scale, used, x.shape, x.dtype, order, groups)
+    parts: tuple[Tensor, Tensor, Tensor] = BODIES["quantize"](x, None, order, groups, scale_rule, block_rows)
+    return parts
 
 
 def encode(
