@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import platform
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,11 +56,3 @@ def _cpu() -> Target:
     flags = facts.get("flags", facts.get("Features", "")).split()
     name = facts.get("model name") or platform.processor() or platform.machine()
     return Target("cpu", name, frozenset(flag for flag in flags if flag.startswith(_ISA)))
-
-
-def give_memory_back() -> None:
-    """Return what was freed to the system: glibc keeps it, in pieces that large tensors do not fit."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -105,6 +107,16 @@ def forward(model: nn.Module, batch: Batch, name: str = "batch") -> None:
         run(model, batch, name)
     except Enough as end:
         traceback.clear_frames(end.__traceback__)  # their locals are the activations of the whole forward
+    finally:
+        give_memory_back()
+
+
+def give_memory_back() -> None:
+    """Return what was freed to the system: glibc keeps it, in pieces that large tensors do not fit."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def run(model: nn.Module, batch: Batch, name: str = "batch") -> Any:

@@ -17,12 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fp4fx import nvfp4
-from fp4fx.calibration.data import Enough, forward
+from fp4fx.calibration.data import Enough, forward, give_memory_back
 from fp4fx.calibration.inputs import input_rows, weight_rows
 from fp4fx.calibration.job import Job, Method
 from fp4fx.observe import Call, observe
 from fp4fx.site import Site
-from fp4fx.target import give_memory_back
 
 HELD_OUT = 8
 """One batch in so many is kept from the Hessian, one at least; with fewer than `FEW` batches the end of each call."""
@@ -66,7 +65,6 @@ def each_site(
                     job.record(method, site, reason or "")
                 else:
                     yield site, statistics
-                statistics = None
                 give_memory_back()
                 bar.update()
 
@@ -116,7 +114,6 @@ def _observed(job: Job, group: Sequence[Site], samples: int) -> dict[str, Statis
         for number, batch in enumerate(job.batches if wanted else ()):
             calls_of_last = 0
             forward(job.model, batch, f"batch {number}")
-            give_memory_back()
     return found
 
 

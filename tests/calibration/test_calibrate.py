@@ -1,6 +1,7 @@
 """The entry: what it refuses, what an interruption leaves, what a file keeps."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import fp4fx
 from fp4fx.calibration import GPTQ, BiasCorrection, Calibration, StaticScales, calibration_of
+from fp4fx.calibration.data import Enough, forward
 from tests.models import ConvNet
 
 ALL = fp4fx.Policy(skip_first=0, skip_last=0, min_numel=0, min_channels=1)
@@ -17,6 +19,21 @@ W4A4 = fp4fx.Policy(skip_first=0, skip_last=0, min_numel=0, min_channels=1, acti
 def batches(n=3):
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(8, 3, 8, 8, generator=generator) for _ in range(n)]
+
+
+def test_a_forward_that_is_cut_short_keeps_no_activation():
+    alive, kept = [], []
+
+    class Stops(nn.Module):
+        def forward(self, x):
+            y = x + 1
+            alive.append(weakref.ref(y))
+            end = Enough()
+            kept.append(end)  # as what a dispatcher on the way may hold on to
+            raise end
+
+    forward(Stops(), torch.zeros(2))
+    assert alive[0]() is None and kept[0].__traceback__ is not None
 
 
 @pytest.fixture
