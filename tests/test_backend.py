@@ -236,6 +236,7 @@ def test_it_logs_what_it_did(caplog):
     with caplog.at_level(logging.INFO, logger="fp4fx"):
         check(q, torch.randn(2, 3, 8, 8))
     assert any("fuse_conv 3" in r.message and "fuse_linear 1" in r.message for r in caplog.records)
+    assert any("the passes took" in r.message and r.args[-1] > 0 for r in caplog.records)
 
 
 def test_the_graphs_between_the_passes_are_traced(tmp_path):

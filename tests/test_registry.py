@@ -53,6 +53,17 @@ def test_the_reference_body_is_last_and_takes_everything():
             assert chosen.name == "reference" and refusals == ()
 
 
+def test_scales_that_are_searched_are_left_to_kernels_and_bodies():
+    request = replace(REQUEST, op="quantize", n=None, k=None)
+    inductor = [kernel for kernel in KERNELS if kernel.name in ("inductor", "reference")]
+    assert select(replace(request, scale_rule="four_over_six"), inductor)[0].name == "inductor"
+    for rule in ("search", "unbiased"):
+        chosen, reasons = select(replace(request, scale_rule=rule), inductor)
+        assert chosen.name == "reference" and "tries eleven scales" in reasons[0]
+    chosen, reasons = select(replace(request, scale_rule="unbiased"), KERNELS)  # whose factor no kernel has
+    assert chosen.name == "reference" and len(reasons) == 2
+
+
 def test_the_target_names_this_machine():
     cpu = target_of(torch.device("cpu"))
     assert cpu.device == "cpu" and cpu.name
