@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 PARTS = ("packed", "scale", "global_scale")
 INPUT_SCALE = "input_global_scale"
 _PLAN = "_fp4fx_plan"
+_SOURCE = "_fp4fx_source"
+_DECODED: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+"""What was last decoded from the codes of this id, while somebody holds it."""
 
 Activations = Literal["nvfp4", "nvfp4-static"] | None
 
@@ -75,7 +79,7 @@ class Packed(nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assigning a dense tensor to a packed parameter encodes it into the buffers."""
+        """Assigning a dense tensor to a packed parameter encodes it; one decoded from it gives the old codes back."""
         spec = self.__dict__.get("nvfp4", {}).get(name)
         if spec is None:
             super().__setattr__(name, value)
@@ -83,11 +87,15 @@ class Packed(nn.Module):
         if not isinstance(value, Tensor) or tuple(value.shape) != spec.shape:
             found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise PlanError(f"{type(self).__name__}.{name}: found {found}, expected a tensor of shape {spec.shape}")
-        q, spec = encode(value, spec, name)
+        before = tuple(self.get_buffer(f"{name}_{part}") for part in PARTS)
+        parts, new = _decoded_from(value, spec) or _encoded(value, spec, name)
+        decoded = _DECODED.get(id(before[0]))
+        if decoded is not None:  # it may come back, as what `functional_call` took out does
+            setattr(decoded, _SOURCE, (tuple(t.clone() for t in before), spec))
         with torch.no_grad():
-            for part in PARTS:
-                self.get_buffer(f"{name}_{part}").copy_(getattr(q, part))
-        self.nvfp4 = {**self.nvfp4, name: spec}
+            for buffer, part in zip(before, parts, strict=True):
+                buffer.copy_(part)
+        self.nvfp4 = {**self.nvfp4, name: new}
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of any module; a packed parameter keeps its name.
@@ -145,22 +153,37 @@ def _computed(name: str) -> property:
                 f"{type(self).__name__}.{name}: found a symbolic trace, in which a decoded weight would become a dense "
                 f"constant; expected a tracer whose is_leaf_module keeps {base} whole; or use torch.export.export"
             )
-        spec = self.nvfp4[name]
-        decoded: Tensor = torch.ops.fp4fx.dequantize.default(
-            self._buffers[f"{name}_packed"],
-            self._buffers[f"{name}_scale"],
-            self._buffers[f"{name}_global_scale"],
-            spec.shape,
-            spec.dtype,
-            spec.order,
-            spec.groups,
-            spec.compute,
-        )
+        parts, spec = tuple(self._buffers[f"{name}_{part}"] for part in PARTS), self.nvfp4[name]
+        decoded = _decode(parts, spec)
+        if not torch.compiler.is_compiling():
+            _DECODED[id(parts[0])] = decoded
         return decoded
 
     return property(
         get, doc=f"The dense {name}, decoded anew at every access: writing into it changes nothing, assign."
     )
+
+
+def _decode(parts: tuple[Any, ...], spec: PackedSpec) -> Tensor:
+    how = spec.shape, spec.dtype, spec.order, spec.groups, spec.compute
+    decoded: Tensor = torch.ops.fp4fx.dequantize.default(*parts, *how)
+    return decoded
+
+
+def _decoded_from(value: Tensor, spec: PackedSpec) -> tuple[tuple[Tensor, ...], PackedSpec] | None:
+    """The parts that `value` was decoded from before an assignment, so that it is not rounded twice.
+
+    None if there was no assignment since, or if it is no longer what they decode to.
+    """
+    parts, of = getattr(value, _SOURCE, ((), spec))
+    if not parts or (of.order, of.groups, of.block) != (spec.order, spec.groups, spec.block):
+        return None
+    return (parts, replace(spec, sqnr=of.sqnr)) if torch.equal(_decode(parts, of), value) else None
+
+
+def _encoded(value: Tensor, spec: PackedSpec, name: str) -> tuple[tuple[Tensor, ...], PackedSpec]:
+    q, spec = encode(value, spec, name)
+    return (q.packed, q.scale, q.global_scale), spec
 
 
 _RANK = {

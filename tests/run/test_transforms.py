@@ -66,11 +66,29 @@ def test_functional_call_with_other_bytes_and_biases():
 
 def test_functional_call_with_a_dense_weight_encodes_it_for_that_call():
     q, dense = fp4fx.quantize(nn.Linear(40, 8), ALL), torch.randn(8, 40)
-    before, x = q.weight, torch.randn(2, 40)
+    before, sqnr, x = (
+        {name: t.clone() for name, t in q.state_dict().items()},
+        q.nvfp4["weight"].sqnr,
+        torch.randn(2, 40),
+    )
     expected = fp4fx.quantize(nn.Linear(40, 8), ALL)
     expected.load_state_dict({"weight": dense, "bias": q.bias})
     assert torch.equal(functional_call(q, {"weight": dense}, (x,)), expected(x))
-    close(q.weight, before)  # encoded once more
+    assert all(torch.equal(before[name], t) for name, t in q.state_dict().items())  # not encoded a second time
+    assert q.nvfp4["weight"].sqnr == sqnr
+
+
+def test_a_decoded_weight_that_has_changed_is_encoded():
+    q = fp4fx.quantize(nn.Linear(40, 8), ALL)
+    weight = q.weight
+    q.weight = torch.randn(8, 40)
+    weight.data.mul_(2)  # leaves no trace in the tensor's version
+    q.weight = weight
+    assert (q.weight - weight).norm() < 0.2 * weight.norm()
+    weight = q.weight
+    q.weight_packed.zero_()
+    q.weight = weight
+    assert (q.weight - weight).norm() < 0.2 * weight.norm()
 
 
 @pytest.mark.parametrize("policy", [ALL, W4A4], ids=["w4a16", "w4a4"])
