@@ -89,8 +89,8 @@ class Policy:
     scale_rule: WeightRule | None = None
     """How the scale of a block of weights is chosen (see `fp4fx.scales`). "max": block maximum / 6. "search": the one
     of least squared error among those around it, a quarter less error in eight times the time. "unbiased": the same
-    with a global scale that makes up for what rounding takes off the weight's own direction (.5 to 1 %, which adds up
-    from layer to layer). "four_over_six", "four_over_six_mae": block maximum / 6 or / 4, by squared or absolute error.
+    with a global scale that makes up for what rounding takes off the weight's own direction, which adds up from layer
+    to layer. "four_over_six", "four_over_six_mae": block maximum / 6 or / 4, by squared or absolute error.
     None: "unbiased", or "max" for tiles of 16x16."""
     activation_scale_rule: ScaleRule = "max"
     """The same for activations that are quantized, on every call: "four_over_six" makes a sixth less error and takes

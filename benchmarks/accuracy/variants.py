@@ -30,6 +30,7 @@ def variants() -> tuple[Variant, ...]:
         Variant("bf16", "reference", _bf16),
         weights("W4A16 max", scale_rule="max"),
         weights("W4A16 four-over-six", scale_rule="four_over_six"),
+        weights("W4A16 search", scale_rule="search"),
         weights(DEFAULT),
         weights("W4A16 GPTQ", ("gptq",)),
         weights("W4A16 AdaRound", ("adaround",)),

@@ -24,9 +24,9 @@ blocks. Figures move by half a percent with the seed, those of Student's t with 
 
 * A **scale search** makes a quarter less error than the rule block maximum / 6 ("nearest"), at the same size. It is
   the default for weights, with a global scale ("unbiased") that makes up for what least squares take off a tensor's own
-  direction: 0.7 % more of this error, and less of a network's. The best fp32 scales would make 7 to 11 % less than the
-  search. **Four over six** tries two scales where the search tries eleven and makes a sixth less than "nearest";
-  choosing by absolute error is a little worse. It is offered for activations (`activation_scale_rule`).
+  direction; what that does to networks is in [accuracy.md](accuracy.md). The best fp32 scales would make 7 to 11 % less
+  than the search. **Four over six** tries two scales where the search tries eleven and makes a sixth less than
+  "nearest"; choosing by absolute error is a little worse. It is offered for activations (`activation_scale_rule`).
 * With **one scale per 16x16 tile** the error grows with the tails of the distribution; with one per 16 values it does
   not: kurtosis says nothing about it.
 * A **Hadamard rotation** makes every distribution a Gaussian, or nearly. That helps MXFP4 and INT4 on heavy tails.
