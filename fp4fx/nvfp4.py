@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fp4fx.balance import balanced
 from fp4fx.codes import E2M1_MAX, E4M3_NAN, decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3, pack, unpack
 from fp4fx.errors import LayoutError, NonFiniteWeightError, PolicyError
 from fp4fx.scales import BLOCK, LARGEST_SCALE, UNBIASED, check_rule, finite_abs, scale_codes, searched, weights_of
@@ -37,8 +38,8 @@ from fp4fx.site import Order
 __all__ = [
     "BLOCK", "CHUNK", "E2M1_MAX", "E4M3_NAN", "GLOBAL_SCALE_MIN", "LARGEST_SCALE", "NVFP4", "ORDERS", "check_finite",
     "decode_e2m1", "decode_e4m3", "dequantize", "dequantize_rows", "encode_e2m1", "encode_e4m3", "excess_kurtosis",
-    "from_rows", "global_scale", "pack", "quantize", "quantize_rows", "row_length", "sqnr", "to_rows", "unbiased",
-    "unpack",
+    "from_rows", "global_scale", "pack", "quantize", "quantize_rows", "row_length", "sqnr", "taps", "to_rows",
+    "unbiased", "unpack",
 ]  # fmt: skip
 
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -164,7 +165,9 @@ def quantize_rows(
     check_rule(scale_rule, block_rows, weighted=weights is not None)
     if scale_rule == UNBIASED:
         packed, scale, g = quantize_rows(rows, global_scale, scale_rule=searched(scale_rule), weights=weights)
-        return packed, scale, g if global_scale is not None else unbiased(rows, packed, scale, g)
+        if global_scale is None:
+            packed, g = unbiased(rows, packed, scale, g)
+        return packed, scale, g
     k = row_length(rows.shape, "rows")
     if not rows.is_floating_point():
         raise LayoutError(f"only floating-point values can be quantized, found {rows.dtype}; convert them first")
@@ -184,24 +187,41 @@ def quantize_rows(
 
 
 def unbiased(
-    rows: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor, decode: Callable[..., Tensor] | None = None
-) -> Tensor:
-    """Rows float [..., K] and their encoded form -> g fp32 [] with which they decode to a q where <w, q> = <w, w>.
+    rows: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    global_scale: Tensor,
+    taps: int | None = None,
+    *,
+    decode: Callable[..., Tensor] | None = None,
+    balance: Callable[..., Tensor] = balanced,
+) -> tuple[Tensor, Tensor]:
+    """Rows float [..., K] and their encoded form -> codes and g fp32 [] that decode to a q where <w, q> = <w, w>.
 
-    Both count in units of g, and the ratio is rounded to 2**-20, so that hardly ever the order of a sum shows. g as it
-    was where there is no such factor between 1/2 and 2. `decode` is `dequantize_rows`, or a kernel in its place.
+    With `taps`, those of a convolution's rows, codes are balanced first (see `fp4fx.balance`). Both products count in
+    units of g, and the ratio is rounded to 2**-20, so that hardly ever the order of a sum shows. g as it was where
+    there is no such factor between 1/2 and 2. `decode` and `balance` are the definitions, or kernels in their place.
     """
     k, one = rows.shape[-1], torch.ones_like(global_scale)
     step = max((CHUNK >> 4) // max(k, 1), 1)
     whole = along = torch.zeros((), dtype=torch.float64, device=rows.device)
     parts = (torch.split(x.detach().reshape(-1, x.shape[-1]), step) for x in (rows, packed, scale))
-    for part, codes, scales in zip(*parts, strict=True):
+    moved = []
+    for part, nearest, scales in zip(*parts, strict=True):
+        codes = nearest if taps is None else balance(part, nearest, scales, global_scale, taps)
+        moved.append(codes)
         w = (part.float() / global_scale).flatten()
         q = (decode or dequantize_rows)(codes, scales, one, k, torch.float32).flatten()
         whole, along = whole + w.dot(w), along + w.dot(q)
     factor = (whole / along * 2.0**20).round() * 2.0**-20
     usable = (factor >= 0.5) & (factor <= 2)
-    return torch.where(usable, global_scale.double() * factor, global_scale.double()).float()
+    g = torch.where(usable, global_scale.double() * factor, global_scale.double()).float()
+    return packed if taps is None else torch.cat(moved), g
+
+
+def taps(shape: torch.Size | tuple[int, ...], order: Order) -> int | None:
+    """Positions of the kernel of a convolution whose weights have this shape, [N, C/g, *k]; None in another order."""
+    return math.prod(shape[2:]) if order == "conv" else None
 
 
 def dequantize_rows(
@@ -277,7 +297,7 @@ def quantize(
         encoded.append(quantize_rows(part, global_scale, scale_rule=rule, block_rows=block[0], weights=its))
     packed, scale = (torch.cat(tensors) for tensors in list(zip(*encoded, strict=True))[:2])
     if scale_rule == UNBIASED and given is None:
-        global_scale = unbiased(rows, packed, scale, global_scale)
+        packed, global_scale = unbiased(rows, packed, scale, global_scale, taps(x.shape, order))
     return NVFP4(packed, scale, global_scale, x.shape, x.dtype, order, groups)
 
 

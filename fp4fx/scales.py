@@ -5,8 +5,9 @@
   absolute error. Of equals s. Cook et al., "Four Over Six", arXiv 2512.02010.
 * "search": of the scales from 3 codes below that of "max" to 7 above, the one of least squared error, the lowest of
   equals. That range holds the best of all scales ("ScaleSweep", arXiv 2606.07618).
-* "unbiased": the codes and scales of "search", g times <w, w>/<w, q>. Least squares shrink: what is left of w in the
-  rounded q is too small by about the squared error, and that adds up from layer to layer where no norm undoes it.
+* "unbiased": the scales of "search", codes of convolutions such that errors cancel (see `fp4fx.balance`), and g times
+  <w, w>/<w, q>. Least squares shrink: what is left of w in the rounded q is too small by about the squared error, and
+  that adds up from layer to layer where no norm undoes it.
 
 All but "max" take g = amax/(6·256), which leaves room above.
 """

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fp4fx import nvfp4
+from fp4fx.balance import balanced
 from fp4fx.ops.library import Body, check_weight, define, in_format_of, undecoded, unencoded
 from fp4fx.policy import Compute
 from fp4fx.scales import UNBIASED, searched
@@ -19,6 +20,7 @@ from fp4fx.site import Order
     " -> (Tensor packed, Tensor scale, Tensor global_scale)",
     encode=unencoded,
     decode=undecoded,
+    balance=lambda rows, packed, *_: torch.empty_like(packed),
 )
 def quantize(
     x: Tensor,
@@ -30,13 +32,15 @@ def quantize(
     *,
     encode: Body = nvfp4.quantize_rows,
     decode: Body = nvfp4.dequantize_rows,
+    balance: Body = balanced,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x fp -> packed u8 [..., ceil(K/16)*8], scale u8 [..., ceil(K/16)], global_scale fp32 [] (None: dynamic)."""
     torch._check(x.is_floating_point(), lambda: f"x must be floating point, is {x.dtype}")
     rows = nvfp4.to_rows(x, order, groups)
     packed, scale, used = encode(rows, global_scale, scale_rule=searched(scale_rule), block_rows=block_rows)
     if scale_rule == UNBIASED and global_scale is None:
-        used = nvfp4.unbiased(rows, packed, scale, used, decode)
+        taps = nvfp4.taps(x.shape, order)
+        packed, used = nvfp4.unbiased(rows, packed, scale, used, taps, decode=decode, balance=balance)
     return packed, scale, used if global_scale is None else used.clone()
 
 

@@ -209,6 +209,13 @@ void codec(const Tier& tier, const Pool& pool, int64_t n, int64_t k, DType dtype
   }
 
   const int64_t stride = k + random_bits() % 3, blocks = (k + 15) / 16;
+  Values near(n * k, DType::f32);
+  for (const int64_t taps : {int64_t{1}, k % 5 == 0 ? int64_t{5} : k, k}) {
+    Buffer moved(n * blocks * 8), again(n * blocks * 8);
+    tier.balance({near.as<float>(), w.view, taps, moved.as<uint8_t>()}, pool);
+    tier_portable.balance({near.as<float>(), w.view, taps, again.as<uint8_t>()}, kSerial);
+    expect(!std::memcmp(moved.as<void>(), again.as<void>(), n * blocks * 8), tier, "balance", n, k, taps);
+  }
   Values x(n ? (n - 1) * stride + k : 0, dtype);
   if (n * k > 100) naive::store(x.as<void>(), dtype, 3, NAN), naive::store(x.as<void>(), dtype, 40, INFINITY);
   for (const int block_rows : {1, 16}) {

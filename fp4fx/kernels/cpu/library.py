@@ -97,8 +97,15 @@ def _decode(packed: Tensor, scale: Tensor, global_scale: Tensor, k: int, dtype: 
     return rows
 
 
+def _balance(rows: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor, taps: int) -> Tensor:
+    """As `balance.balanced`."""
+    rows = rows.detach().float().contiguous()
+    codes: Tensor = torch.ops.fp4fx_cpu.balance.default(rows, packed, scale, global_scale, taps)
+    return codes
+
+
 _EAGER: dict[str, dict[str, Body]] = {
-    "quantize": {"encode": _encode, "decode": _decode},
+    "quantize": {"encode": _encode, "decode": _decode, "balance": _balance},
     "fake_quantize": {"encode": _encode, "decode": _decode},
     "dequantize": {"decode": _decode},
     "embedding": {"decode": _decode},
@@ -121,4 +128,7 @@ def quantize(
     rows = nvfp4.to_rows(x, order, groups)
     weights = weights_of(importance, rows)
     packed, scale, used = torch.ops.fp4fx_cpu.quantize.default(rows, scale_rule=searched(scale_rule), weights=weights)
-    return packed, scale, nvfp4.unbiased(rows, packed, scale, used, _decode) if scale_rule == UNBIASED else used
+    if scale_rule == UNBIASED:
+        taps = nvfp4.taps(x.shape, order)
+        packed, used = nvfp4.unbiased(rows, packed, scale, used, taps, decode=_decode, balance=_balance)
+    return packed, scale, used

@@ -109,6 +109,14 @@ struct Quantize {
   int64_t weight_rows;
 };
 
+// Codes of rows x fp32 [n, k], contiguous, with k = taps * channels, moved from those of `packed` so that errors cancel.
+struct Balance {
+  const float* rows;
+  Packed packed;
+  int64_t taps;
+  uint8_t* codes;
+};
+
 // One implementation for one instruction set. Everything is safe to call from several threads at once.
 struct Tier {
   const char* name;
@@ -118,6 +126,7 @@ struct Tier {
   void (*embedding)(const Embedding&, const Pool&);
   void (*dequantize)(const Dequantize&, const Pool&);
   void (*quantize)(const Quantize&, const Pool&);
+  void (*balance)(const Balance&, const Pool&);
 };
 
 // Defined in tier.cpp, compiled once per instruction set.

@@ -524,6 +524,21 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, const Maybe& global
   return {codes, scales, used};
 }
 
+Tensor balance(const Tensor& rows, const Tensor& packed, const Tensor& scale, const Tensor& global_scale, int64_t taps,
+               std::string_view tier) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  TORCH_CHECK(rows.is_cpu() && rows.scalar_type() == at::kFloat && rows.dim() == 2 && rows.is_contiguous() &&
+                  taps > 0 && rows.size(1) % taps == 0,
+              "fp4fx_cpu: expected contiguous fp32 rows [N, taps * C] on the CPU, found ", rows.scalar_type(), " ",
+              rows.sizes(), " and taps=", taps);
+  const Rows from(packed, scale, global_scale, rows.size(1), "what is balanced");
+  TORCH_CHECK(from.view.n == rows.size(0), "fp4fx_cpu: ", from.view.n, " packed rows of ", rows.size(0));
+  const Tensor codes = at::empty(packed.sizes(), packed.options());
+  const fp4fx::Tier& chosen = tier_of(tier);
+  chosen.balance({rows.const_data_ptr<float>(), from.view, taps, codes.mutable_data_ptr<uint8_t>()}, pool());
+  return codes;
+}
+
 std::vector<std::string> tier_names() {
   std::vector<std::string> names;
   for (const fp4fx::Tier* const* tier = fp4fx::tiers(); *tier; ++tier) names.emplace_back((*tier)->name);
@@ -563,6 +578,8 @@ TORCH_LIBRARY(fp4fx_cpu, m) {
   m.def(
       "quantize(Tensor x, Tensor? global_scale=None, str order='rows', SymInt groups=1, str scale_rule='max',"
       " int block_rows=1, Tensor? weights=None, str tier='') -> (Tensor packed, Tensor scale, Tensor global_scale)");
+  m.def(
+      "balance(Tensor rows, Tensor packed, Tensor scale, Tensor global_scale, int taps, str tier='') -> Tensor");
   m.def("tiers() -> str[]", &tier_names);
 }
 
@@ -573,4 +590,5 @@ TORCH_LIBRARY_IMPL(fp4fx_cpu, CPU, m) {
   m.impl("embedding", &embedding);
   m.impl("dequantize", &dequantize);
   m.impl("quantize", &quantize);
+  m.impl("balance", &balance);
 }

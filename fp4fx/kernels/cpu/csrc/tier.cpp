@@ -5,6 +5,7 @@
 #include <unistd.h>
 #endif
 
+#include "balance.h"
 #include "conv.h"
 #include "dequantize.h"
 #include "linear.h"
@@ -58,6 +59,7 @@ const Tier FP4FX_JOIN(tier_, FP4FX_TIER) = {
     FP4FX_TIER::embedding,
     FP4FX_TIER::dequantize,
     FP4FX_TIER::quantize,
+    FP4FX_TIER::balance,
 };
 
 }  // namespace fp4fx
