@@ -35,7 +35,9 @@ GAIN = 0.02
 """The part of the measured error that is to go, if a weight is to be changed: less may be chance."""
 
 Solve = Callable[[Tensor, Tensor, Tensor], Tensor | str]
-"""Weight fp32 [G, R, K], H fp32 [G, K, K], scale fp32 [G, R, ceil(K/16)] -> codes u8 [G, R, K], or why not."""
+"""Weight fp32 [G, R, K], H fp32 [G, K, K], scale fp32 [G, R, ceil(K/16)] -> codes u8 [G, R, K], or why not.
+
+H may be overwritten."""
 
 
 def each_site(
@@ -120,29 +122,32 @@ def _observed(job: Job, group: Sequence[Site], samples: int) -> dict[str, Statis
 @torch.no_grad()
 def round_site(job: Job, method: Method, site: Site, statistics: Statistics, solve: Solve) -> None:
     """Write the best of the weight as it is, its nearest values with searched scales, and the codes of `solve`."""
-    dense, now = job.weight(site), job.decoded(site)
-    k = dense.shape[1]
+    dense, k = job.weight(site), site.rows[1]
+    before = statistics.error(dense, job.decoded(site))
     q = job.encoded(site, dense, statistics.importance(len(dense)))
-    packed = q.packed.reshape(len(dense), -1)
-    codes = nvfp4.unpack(packed)
-    scale = nvfp4.decode_e4m3(q.scale).reshape(len(dense), -1) * q.global_scale
-    nearest = nvfp4.dequantize_rows(packed, q.scale.reshape(len(dense), -1), q.global_scale, k, torch.float32)
+    packed, scales = (t.reshape(len(dense), -1) for t in (q.packed, q.scale))
+    codes, steps = nvfp4.unpack(packed), nvfp4.decode_e4m3(scales) * q.global_scale
     for start, part in statistics.parts.items():
         rows = slice(start, start + part.rows)
-        weight, steps = (torch.unflatten(t[rows], 0, (len(part.hessian), -1)) for t in (dense, scale))
-        solved = solve(weight, part.hessian, steps)
+        hessian = part.take()
+        weight, its = (torch.unflatten(t[rows], 0, (len(hessian), -1)) for t in (dense, steps))
+        solved = solve(weight, hessian, its)
         if isinstance(solved, str):
-            job.record(method, site, f"kept: {solved}")
+            job.record(method, site, f"kept: {solved}", before)
             return
         codes[rows, :k] = solved.flatten(0, 1)
-    learned = nvfp4.decode_e2m1(codes[:, :k]) * scale.repeat_interleave(nvfp4.BLOCK, -1)[:, :k]
-    before, plain, after = (statistics.error(dense, found) for found in (now, nearest, learned))
+        del hessian, solved
+    learned = nvfp4.pack(codes)
+    plain, after = (
+        statistics.error(dense, nvfp4.dequantize_rows(found, scales, q.global_scale, k, torch.float32))
+        for found in (packed, learned)
+    )
     if min(plain, after) > (1 - GAIN) * before:
         job.record(
             method, site, f"kept: {method.name} has an error of {after:.2e}, rounding one of {plain:.2e}", before
         )
         return
-    job.write(site, nvfp4.pack(codes) if after < plain else packed, q.scale, q.global_scale)
+    job.write(site, learned if after < plain else packed, q.scale, q.global_scale)
     reason = (
         f"codes of {method.name}" if after < plain else f"nearest values: {method.name} has an error of {after:.2e}"
     )
@@ -159,6 +164,11 @@ class Part:
     count: int = 0
     measured: list[Tensor] = field(default_factory=list)
     """fp32 [G, P, K] each."""
+
+    def take(self) -> Tensor:
+        """The Hessian, which is gone by then: it is the largest thing there is."""
+        hessian, self.hessian = self.hessian, self.hessian.new_empty(0)
+        return hessian
 
 
 class Statistics:
@@ -224,8 +234,8 @@ class Statistics:
         """Rows fp32 [N, K] twice -> ‖(found - wanted) · x‖² / ‖wanted · x‖² on the inputs kept for it."""
         noise = signal = 0.0
         for start, part in self.parts.items():
-            rows, shape = slice(start, start + part.rows), (part.hessian.shape[0], -1)
             x = torch.cat(part.measured, 1)
+            rows, shape = slice(start, start + part.rows), (len(x), -1)
             y = x @ torch.unflatten(wanted[rows], 0, shape).mT
             signal += y.square_().sum().item()
             y = x @ torch.unflatten(found[rows] - wanted[rows], 0, shape).mT

@@ -74,8 +74,8 @@ def test_codes_are_those_of_the_definition(groups):
     x = torch.stack([correlated(200, 40, 0.8) for _ in range(groups)])
     hessian = x.mT @ x
     scale = torch.rand(groups, 6, 3) * 0.2 + 0.2
-    found = GPTQ(block=16)._solve(weight.clone(), hessian, scale)
-    whole = GPTQ()._solve(weight.clone(), hessian, scale)
+    found = GPTQ(block=16)._solve(weight.clone(), hessian.clone(), scale)
+    whole = GPTQ()._solve(weight.clone(), hessian.clone(), scale)
     expected = torch.stack([by_definition(*each, 0.01) for each in zip(weight, hessian, scale, strict=True)])
     assert torch.equal(nvfp4.decode_e2m1(found), nvfp4.decode_e2m1(whole))
     assert (nvfp4.decode_e2m1(found) != nvfp4.decode_e2m1(expected)).float().mean() < 0.01
@@ -93,7 +93,7 @@ def test_act_order_and_dead_columns():
         return float(((nvfp4.decode_e2m1(codes)[0] * 0.4 - weight[0]) @ x.T).square().sum())
 
     for method in (GPTQ(), GPTQ(act_order=True)):
-        codes = method._solve(weight.clone(), hessian, scale)
+        codes = method._solve(weight.clone(), hessian.clone(), scale)
         assert torch.equal(codes[..., 20:30], nearest[..., 20:30])
         assert loss(codes) < 0.7 * loss(nearest)
 
