@@ -44,13 +44,15 @@ def _apart(job: str, model: str, images: int) -> Row:
 def measure(job: str, name: str, images: int) -> Row:
     """Seconds of a job, and the most memory on top of what the process had before the model was made.
 
-    That includes the model itself and the images that it is calibrated on.
+    That includes the model itself and the images that it is calibrated on, not what those were cut out of.
     """
-    _run("search", timm.create_model("test_vit").eval(), [])  # imports and first calls
-    before = _resident()
     torch.manual_seed(0)
+    small = timm.create_model("test_vit").eval()
+    _run(job, small, _photographs(8, small.pretrained_cfg["input_size"][-1]))  # imports and first calls
+    side = timm.get_pretrained_cfg(name).input_size[-1]
+    batches = _photographs(images, side) if job == "gptq" else []
+    before = _resident() - sum(batch.nbytes for batch in batches)
     model = timm.create_model(name).eval().requires_grad_(False)
-    batches = _photographs(images, model.pretrained_cfg["input_size"][-1]) if job == "gptq" else []
     start = perf_counter()
     _run(job, model, batches)
     seconds = perf_counter() - start

@@ -42,7 +42,7 @@ class GPTQ:
     samples: int = 65536
     """At most so many inputs (tokens, pixels) of a layer are taken, evenly spaced over all batches."""
     memory: int | None = None
-    """Bytes for Hessians: sites are dealt with in groups whose Hessians fit; a third of the dense model if None."""
+    """Bytes for Hessians: sites are dealt with in groups whose Hessians fit; a quarter of the dense model if None."""
 
     def passes(self, batches: Batches | None) -> int:
         """Several: one to see the order of the sites, and one per group."""

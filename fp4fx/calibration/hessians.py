@@ -51,11 +51,11 @@ def each_site(
         job: What is calibrated.
         method: Whose pending sites.
         samples: At most so many inputs of a site are taken, evenly spaced over all batches.
-        memory: Bytes for the statistics of a group; a third of the dense model if None.
+        memory: Bytes for the statistics of a group; a quarter of the dense model if None.
         sites: Some of the pending ones; all if None.
     """
     sites = job.pending(method) if sites is None else sites
-    memory = sum(p.nbytes for p in job.reference.parameters()) // 3 if memory is None else memory
+    memory = sum(p.nbytes for p in job.reference.parameters()) // 4 if memory is None else memory
     with tqdm(total=len(sites), desc=method.name, unit="site", disable=None, leave=False) as bar:
         for group in _groups(job.in_order(sites), memory):
             found = _observed(job, group, samples)
@@ -216,7 +216,7 @@ class Statistics:
             return (
                 f"kept: found {least} inputs, expected {max(site.rows[1] // LEAST, HELD_OUT)} or more; give more data"
             )
-        if not all(part.hessian.isfinite().all() for part in self.parts.values()):
+        if not all(bound.isfinite().all() for part in self.parts.values() for bound in part.hessian.aminmax()):
             return "kept: its inputs are not finite, or too large for fp32"
         if not any(part.hessian.any() for part in self.parts.values()):
             return "kept: its inputs are all zero"

@@ -51,8 +51,8 @@ class AdaRound:
     samples: int = 65536
     """At most so many inputs (tokens, pixels) of a layer are taken, evenly spaced over all batches."""
     memory: int | None = None
-    """Bytes for second moments of sites, or for inputs and outputs of a block; a third of the dense model if None.
-    What does not fit of a block's data is not used, but for two batches."""
+    """Bytes for second moments of sites, or for inputs and outputs of a block; if None a quarter of the dense model for
+    the former, a third for the latter. What does not fit of a block's data is not used, but for two batches."""
 
     def passes(self, batches: Batches | None) -> int:
         """Several."""

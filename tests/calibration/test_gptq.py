@@ -5,6 +5,9 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fp4fx
 from fp4fx import nvfp4
@@ -96,6 +99,58 @@ def test_act_order_and_dead_columns():
         codes = method._solve(weight.clone(), hessian.clone(), scale)
         assert torch.equal(codes[..., 20:30], nearest[..., 20:30])
         assert loss(codes) < 0.7 * loss(nearest)
+
+
+@pytest.mark.parametrize(("product", "damping"), [(0.5, 0.01), (1.03, 0.1), (1.5, 1.0), (3.0, None)])
+def test_more_damping_begins_anew(product, damping):
+    torch.manual_seed(0)
+    x = correlated(400, 40, 0.5)
+    hessian = (x.T @ x / len(x)).repeat(2, 1, 1)
+    hessian[1, 0, 1] = hessian[1, 1, 0] = product  # found last, when the other tiles are done
+    factor, method = hessian.clone(), GPTQ(block=16)
+    tiles = method._factor(factor)
+    assert torch.equal(factor.tril(), hessian.tril())
+    if damping is None:
+        assert tiles is None
+        return
+    upper = factor.triu()
+    for start, tile in tiles:
+        upper[:, start : start + 16, start : start + 16] = tile
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    torch.testing.assert_close(upper @ upper.mT, hessian + damping * mean * torch.eye(40))
+    assert torch.equal(upper, upper.triu())
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that the tensors hold at once which ops give or write."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(result) if isinstance(t, torch.Tensor)):
+            self.storages[StorageWeakRef(storage)] = storage.nbytes()
+        self.storages = {ref: size for ref, size in self.storages.items() if not ref.expired()}
+        self.most = max(self.most, sum(self.storages.values()))
+        return result
+
+
+def test_the_hessian_is_the_largest_of_what_is_needed():
+    torch.manual_seed(0)
+    weight, scale, x = torch.randn(1, 16, 1024), torch.full((1, 16, 64), 0.4), torch.randn(2048, 1024)
+    hessian = (x.T @ x).unsqueeze(0)
+    with Live() as live:
+        GPTQ(block=64)._solve(weight, hessian, scale)
+    assert hessian.nbytes < live.most < 1.4 * hessian.nbytes
+
+    model = nn.Sequential(nn.Linear(1024, 16)).eval()
+    qmodel = fp4fx.quantize(model, dataclasses.replace(ALL, scale_rule="max"))
+    with Live() as live:
+        fp4fx.calibrate(qmodel, list(x.split(256)), reference=model, methods=["gptq"])
+    assert live.most < x.nbytes + 1.8 * hessian.nbytes  # and the inputs that are kept to measure with
+    assert steps(qmodel)["0.weight"].changed
 
 
 @pytest.mark.parametrize(("make", "shape"), [(ConvNet, (8, 3, 8, 8)), (UNet, (8, 3, 8, 8)), (Attention, (16, 6, 8))])
