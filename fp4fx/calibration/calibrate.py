@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from fp4fx.calibration.bias import BiasCorrection
-from fp4fx.calibration.data import Batch, Batches
+from fp4fx.calibration.data import Batch, Batches, large_tensors_mapped
 from fp4fx.calibration.gptq import GPTQ
 from fp4fx.calibration.job import Job, Method
 from fp4fx.calibration.record import calibration_of
@@ -60,8 +60,9 @@ def calibrate(
     data = None if batches is None else Batches(batches, model)
     job = Job(model, getattr(reference, "_orig_mod", reference), data, again)
     _check(job, chosen)
-    for method in chosen:
-        method.run(job)
+    with large_tensors_mapped():
+        for method in chosen:
+            method.run(job)
     return qmodel
 
 

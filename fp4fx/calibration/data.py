@@ -6,6 +6,7 @@ import ctypes
 import sys
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from fp4fx.errors import CalibrationError, Error
 from fp4fx.symbolic import UNTRACEABLE, one_line
+
+MAPPED, KEPT = 1 << 20, 1 << 25
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -117,6 +121,24 @@ def give_memory_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+@contextmanager
+def large_tensors_mapped() -> Iterator[None]:
+    """In this context glibc gives memory of `MAPPED` bytes or more to the system as soon as it is free.
+
+    Without it the limit grows to the largest block that was ever freed, up to `KEPT`, which is where it is left: of
+    activations that come and go, about as much again lies in pieces between them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    try:
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, MAPPED)
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, KEPT)
+            mallopt(_TRIM_THRESHOLD, 2 * KEPT)
 
 
 def run(model: nn.Module, batch: Batch, name: str = "batch") -> Any:

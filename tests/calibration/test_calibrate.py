@@ -1,7 +1,10 @@
 """The entry: what it refuses, what an interruption leaves, what a file keeps."""
 
 import json
+import platform
 import weakref
+from pathlib import Path
+from resource import getpagesize
 
 import pytest
 import torch
@@ -34,6 +37,30 @@ def test_a_forward_that_is_cut_short_keeps_no_activation():
 
     forward(Stops(), torch.zeros(2))
     assert alive[0]() is None and kept[0].__traceback__ is not None
+
+
+def given_back():
+    """The part of tensors freed from between others that leaves the process at once."""
+    tensors = [torch.ones(1 << 20) for _ in range(32)]
+    pages = [int(Path("/proc/self/statm").read_text("ascii").split()[1])]
+    freed = sum(t.nbytes for t in tensors[1::2])
+    del tensors[1::2]
+    pages.append(int(Path("/proc/self/statm").read_text("ascii").split()[1]))
+    return (pages[0] - pages[1]) * getpagesize() / freed
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc's malloc keeps")
+def test_memory_is_given_back_at_once_while_calibrating(model):
+    found = []
+
+    class Measures(list):
+        def __iter__(self):
+            found.append(given_back())
+            return super().__iter__()
+
+    qmodel = fp4fx.quantize(model, ALL)
+    fp4fx.calibrate(qmodel, Measures(batches()), reference=model, methods=["gptq"])
+    assert min(found) > 0.9 and given_back() < 0.5
 
 
 @pytest.fixture
