@@ -88,9 +88,9 @@ class Policy:
     of the policy. What is about the whole model (skip_first/last, include, exclude, on_fallback) cannot be changed."""
     scale_rule: WeightRule | None = None
     """How weights are encoded (see `fp4fx.scales`). "max": the scale of a block is its maximum / 6. "search": the one
-    of least squared error among those around it, a quarter less error in eight times the time. "unbiased": the same with a
-    global scale that makes up for what rounding takes off the weight's own direction, which adds up from layer to
-    layer, and with codes of convolutions whose errors cancel over a kernel and a row (`fp4fx.balance`).
+    of least squared error among those around it, a quarter less error in eight times the time. "unbiased": the same
+    with a global scale that makes up for what rounding takes off the weight's own direction, which adds up from layer
+    to layer, and with codes of convolutions whose errors cancel over a kernel and a row (`fp4fx.balance`).
     "four_over_six", "four_over_six_mae": block maximum / 6 or / 4, by squared or absolute error. None: "unbiased", or
     "max" for tiles of 16x16."""
     activation_scale_rule: ScaleRule = "max"
