@@ -45,11 +45,11 @@ class Case:
 
 
 FP32, BF16 = torch.float32, torch.bfloat16
-IMAGES = ("fuse_epilogue", "fold_norms", "channels_last", "fold_parameters")
+IMAGES = ("fuse_epilogue", "fold_norms", "channels_last", "fuse_dense", "fold_parameters")
 CASES = (
     Case("resnet50", BF16, fp4fx.Policy(), IMAGES),
     Case("mobilenetv3_large_100", BF16, fp4fx.Policy(), IMAGES),
-    Case("convnext_tiny", BF16, fp4fx.Policy(), ("fuse_epilogue", "channels_last")),
+    Case("convnext_tiny", BF16, fp4fx.Policy(), ("fuse_epilogue", "channels_last", "fuse_dense")),
     Case("unet_256", BF16, fp4fx.Policy(), IMAGES),
     Case("resnet50", FP32, fp4fx.Policy(), ("narrow",)),
     Case("vit_base_patch16_224", FP32, fp4fx.Policy(), ("narrow",)),

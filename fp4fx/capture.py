@@ -237,7 +237,12 @@ def add_input(gm: GraphModule, name: str, tensor: Tensor) -> Node:
 
 
 def backend_fake(tensor: Tensor) -> Tensor:
-    """A stand-in for an input that Dynamo does not know, of fixed shape, in the mode that AOTAutograd traces under."""
+    """A stand-in for an input that Dynamo does not know, of fixed shape, in the mode that AOTAutograd traces under.
+
+    For a weight in oneDNN's order, with which Inductor would not cache the graph, one that has its size and strides.
+    """
+    if tensor.is_mkldnn:
+        tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None else None
     return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)

@@ -45,6 +45,18 @@ def target_of(device: torch.device) -> Target:
     return Target(device.type, device.type, frozenset())
 
 
+def onednn_computes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is switched on and has convolutions of a dtype on this processor."""
+    library = torch.backends.mkldnn
+    if not (library.is_available() and library.enabled):  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
 @functools.cache
 def _cpu() -> Target:
     """The processor as Linux describes it; elsewhere its name alone."""

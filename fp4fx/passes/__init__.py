@@ -8,6 +8,7 @@ from fp4fx.passes.fold_parameters import fold_parameters
 from fp4fx.passes.fold_views import fold_views
 from fp4fx.passes.fold_weights import fold_weights
 from fp4fx.passes.fuse_conv import fuse_conv
+from fp4fx.passes.fuse_dense import fuse_dense
 from fp4fx.passes.fuse_embedding import fuse_embedding
 from fp4fx.passes.fuse_epilogue import fuse_epilogue
 from fp4fx.passes.fuse_linear import fuse_linear
@@ -38,6 +39,10 @@ PASSES: tuple[Pass, ...] = (
     Pass(fold_norms, "for the convolutions that are left dense, before their formats are asked for"),
     Pass(channels_last, "once all convolutions have their inputs, and after epilogues, which read images too"),
     Pass(narrow, "after the epilogues, whose parts are of one dtype; before restride: a cast closes gaps in memory"),
+    Pass(
+        fuse_dense,
+        "behind `narrow`, which knows ATen's convolutions, before `restride`: its op has a format of its own",
+    ),
     Pass(restride, "after the last pass that changes what an op answers in"),
     Pass(select_kernels, "chooses an implementation for every fp4fx op that is left"),
     Pass(fold_parameters, "last: takes out what all others have left to compute from parameters alone"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,6 +45,44 @@ def fold_parameters(gm: GraphModule, ctx: Context) -> int:
     if ctx.freezing:
         return 0
     _widen(gm)
+    leaves, calls = computable(gm, ctx)
+    known = {*leaves, *calls}
+    roots = [node for node in calls if _is_worth_it(node, known)]
+    inputs = take_out(gm, ctx, {root.name: root for root in roots})
+    for root, node in zip(roots, inputs, strict=True):
+        root.replace_all_uses_with(node)
+    return len(roots)
+
+
+def take_out(
+    gm: GraphModule,
+    ctx: Context,
+    roots: Mapping[str, Node],
+    then: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None,
+) -> list[Node]:
+    """New inputs of the graph, by these names, for values that are `computable`, or for what `then` makes of them."""
+    if not roots:
+        return []
+    leaves, calls = computable(gm, ctx)
+    program, read = _program(list(roots.values()), calls, leaves)
+    compute = program if then is None else partial(_in_turn, first=program, then=then)
+    positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    tensors = tuple(Leaf(positions.get(node), ctx.real[node]) for node in read)
+    parts = computed(compute, [leaf.tensor for leaf in tensors])
+    ctx.folded.append(Folded(tensors, compute, parts))
+    return [add_input(gm, f"folded_{name}", part) for name, part in zip(roots, parts, strict=True)]
+
+
+def _in_turn(
+    *tensors: Tensor,
+    first: Callable[..., tuple[Tensor, ...]],
+    then: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    return then(first(*tensors))
+
+
+def computable(gm: GraphModule, ctx: Context) -> tuple[list[Node], list[Node]]:
+    """The parameters and buffers that the graph does not write to, and the calls of passes on these alone, in order."""
     leaves = constant_inputs(gm, ctx)
     known = set(leaves)
     calls: list[Node] = []
@@ -51,17 +90,7 @@ def fold_parameters(gm: GraphModule, ctx: Context) -> int:
         if node.target in _ARITHMETIC and not needs_gradient(node) and known.issuperset(node.all_input_nodes):
             known.add(node)
             calls.append(node)
-    roots = [node for node in calls if _is_worth_it(node, known)]
-    if not roots:
-        return 0
-    compute, read = _program(roots, calls, leaves)
-    positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    tensors = tuple(Leaf(positions.get(node), ctx.real[node]) for node in read)
-    parts = computed(compute, [leaf.tensor for leaf in tensors])
-    for root, part in zip(roots, parts, strict=True):
-        root.replace_all_uses_with(add_input(gm, f"folded_{root.name}", part))
-    ctx.folded.append(Folded(tensors, compute, parts))
-    return len(roots)
+    return leaves, calls
 
 
 def constant_inputs(gm: GraphModule, ctx: Context) -> list[Node]:

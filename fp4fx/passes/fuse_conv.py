@@ -52,7 +52,7 @@ def _fuse(gm: GraphModule, ctx: Context, node: Node, *, transposed: bool) -> boo
             if op_name(x) == "dequantize" and padding == "same" and _uneven(kernel, dilation):
                 ctx.refusals[weight] = "padding='same' is uneven here and would pad a packed activation"
                 return False
-            x, padding = _numeric_padding(gm, x, padding, kernel, dilation, like=node)
+            x, padding = numeric_padding(gm, x, padding, kernel, dilation, like=node)
         target, tail = conv, [stride, padding, dilation, groups]
         channels = w.shape[1] * groups
     a = activation_of(gm, x, "channels", dtype, like=node)
@@ -75,7 +75,7 @@ def _uneven(kernel: list[int], dilation: list[int]) -> bool:
     return any(total % 2 for total in _total(kernel, dilation))
 
 
-def _numeric_padding(
+def numeric_padding(
     gm: GraphModule, x: Node, padding: str, kernel: list[int], dilation: list[int], *, like: Node
 ) -> tuple[Node, list[Any]]:
     """Numbers for padding="same" or "valid"; where "same" is uneven the odd zero goes last, by a pad of its own."""

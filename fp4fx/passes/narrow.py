@@ -98,7 +98,7 @@ class _Narrow:
         if residual is not None and _origin(residual) not in self.chosen and not self._may_end_narrow(residual):
             return "its residual is in fp32"
         added = loop = ""
-        for source, reader in _readers(node):
+        for source, reader in readers(node):
             if reader.op == "output":
                 return "a result of the graph"
             if reader not in self.rounding:
@@ -122,7 +122,7 @@ class _Narrow:
 
     def _answer_narrow(self, node: Node) -> None:
         node.update_arg(len(node.args) + _DTYPE, torch.bfloat16)
-        for source, reader in list(_readers(node)):
+        for source, reader in list(readers(node)):
             if reader not in self.rounding:
                 reader.replace_input_with(source, self._cast(source, torch.float32))
         for carrier in [node, *_carriers(node)]:
@@ -190,7 +190,7 @@ def _carriers(node: Node) -> Iterator[Node]:
             yield from _carriers(user)
 
 
-def _readers(node: Node) -> Iterator[tuple[Node, Node]]:
+def readers(node: Node) -> Iterator[tuple[Node, Node]]:
     """What reads a node's values, and through which node: itself or what hands them on."""
     for source in [node, *_carriers(node)]:
         for user in source.users:

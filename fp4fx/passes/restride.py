@@ -192,7 +192,7 @@ def _is_sensitive(node: Node) -> bool:
     if node.op == "call_method":
         return False
     if isinstance(node.target, OpOverload):
-        return node.target.namespace not in ("aten", "prims", "fp4fx")
+        return node.target.namespace not in ("aten", "prims", "fp4fx", "mkldnn")
     module = getattr(node.target, "__module__", None) or ""
     is_function = not isinstance(node.target, torch._ops.HigherOrderOperator)
     return not (is_function and module.partition(".")[0] in ("torch", "_operator", "builtins", "math"))
