@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
@@ -96,29 +97,9 @@ STANDS_IN = "fp4fx_stands_in"
 """Key of a node's metadata: its value may have other strides than its call gives."""
 
 
-def known_equal(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
-    """Whether two sizes are known to be equal, without a guard on symbolic ones."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return bool(statically_known_true(m == n))
-
-
-def same_shape(a: Tensor, b: Tensor) -> bool:
-    """Whether two shapes are known to be equal, without a guard on symbolic sizes."""
-    return a.dim() == b.dim() and all(known_equal(m, n) for m, n in zip(a.shape, b.shape, strict=True))
-
-
-def same_strides(a: Any, b: Any) -> bool:
-    """Whether two fake values of one shape (tensors, or tuples of them) are known to be laid out alike."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    def alike(a: Any, b: Any) -> bool:
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            return True
-        dims = [d for d in range(a.dim()) if not statically_known_true(a.shape[d] == 1)]
-        return all(statically_known_true(a.stride(d) == b.stride(d)) for d in dims)
-
-    return all(map(alike, pytree.tree_leaves(a), pytree.tree_leaves(b)))
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a call on the tensor computes nothing but becomes a node of a graph."""
+    return isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
 def own_copy(gm: GraphModule) -> GraphModule:

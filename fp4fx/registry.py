@@ -35,6 +35,8 @@ class Request:
     padding: tuple[int | torch.SymInt, ...] = ()
     scale_rule: str = "max"
     """Of a quantize."""
+    symbolic_image: bool = False
+    """The height or width that a convolution reads is dynamic."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 from fp4fx.canonical import canonical
 from fp4fx.capture import OpOverload
 from fp4fx.graph_sites import COMPUTE_OPS
-from fp4fx.pipeline import Context
+from fp4fx.pipeline import Context, op_name
 
 
 def canonicalize(gm: GraphModule, ctx: Context) -> int:
@@ -21,7 +21,7 @@ def canonicalize(gm: GraphModule, ctx: Context) -> int:
     for node in gm.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
-        if node.target in COMPUTE_OPS and isinstance(node.target, OpOverload):
+        if isinstance(node.target, OpOverload) and (node.target in COMPUTE_OPS or op_name(node) is not None):
             rewrites += _fill(node)
             continue
         call = canonical(node.target, node.args, node.kwargs)
@@ -33,7 +33,7 @@ def canonicalize(gm: GraphModule, ctx: Context) -> int:
 
 
 def _fill(node: Node) -> bool:
-    """Give an ATen call all its arguments by position, as exported programs and direct calls leave out defaults."""
+    """Give a call of an op all its arguments by position, as exported programs and direct calls leave out defaults."""
     arguments = node.target._schema.arguments  # type: ignore[union-attr]
     if len(node.args) == len(arguments):
         return False

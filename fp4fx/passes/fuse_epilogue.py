@@ -15,7 +15,6 @@ from fp4fx.capture import (
     mutated,
     needs_gradient,
     refresh,
-    same_shape,
     storages,
     substitute,
     value,
@@ -31,6 +30,7 @@ from fp4fx.passes.spellings import (
 )
 from fp4fx.passes.vectors import Vectors
 from fp4fx.pipeline import Context, aten_name, op_name
+from fp4fx.sizes import same_shape
 
 aten = torch.ops.aten
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fp4fx.capture import emit, known_equal, substitute, value
+from fp4fx.capture import emit, substitute, value
 from fp4fx.dataflow import op_name as name_of
 from fp4fx.passes.operands import Weight, activation_of, cast, no_epilogue, weight_of
 from fp4fx.pipeline import Context
 from fp4fx.products import factors, terms_of
+from fp4fx.sizes import known_equal
 
 aten = torch.ops.aten
 linear = torch.ops.fp4fx.linear.default

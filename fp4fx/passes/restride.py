@@ -16,7 +16,6 @@ from fp4fx.capture import (
     arguments,
     emit,
     mutated,
-    same_strides,
     storages,
     value,
 )
@@ -24,6 +23,7 @@ from fp4fx.dataflow import op_name as name_of
 from fp4fx.ops.library import CHANNELS_LAST
 from fp4fx.passes.replay import Replay, is_context_switch
 from fp4fx.pipeline import Context
+from fp4fx.sizes import same_strides
 
 aten = torch.ops.aten
 

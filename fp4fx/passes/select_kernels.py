@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from fp4fx.kernels import KERNELS, reference
 from fp4fx.lowering import Lowering
 from fp4fx.pipeline import Context, op_name
 from fp4fx.registry import Kernel, Request, select
-from fp4fx.target import target_of
+from fp4fx.target import Target, target_of
 
 
 def select_kernels(gm: GraphModule, ctx: Context) -> int:
@@ -42,12 +44,24 @@ def select_kernels(gm: GraphModule, ctx: Context) -> int:
     return rewrites
 
 
-def choose(node: Node, ctx: Context) -> tuple[Kernel, tuple[str, ...]]:
-    """The kernel for an op under `fp4fx::`, and why it is none of those before it."""
+def choose(
+    node: Node, ctx: Context, kernels: Sequence[Kernel] | None = None, target: Target | None = None
+) -> tuple[Kernel, tuple[str, ...]]:
+    """The kernel for an op under `fp4fx::`, and why it is none of those before it.
+
+    Args:
+        node: a call under `fp4fx::`.
+        ctx: what the passes found out.
+        kernels: to choose from, the last takes everything; None: all.
+        target: what the ops of its device type are compiled for; None: the device that they are on.
+    """
     name = str(op_name(node))
     if ctx.unfused:
         return reference.KERNEL, (f"fusion: {ctx.unfused}",)
-    return select(_request(node, name, ctx, frozen=_stored(node, name, ctx) is not None), KERNELS)
+    request = _request(node, name, ctx, frozen=_stored(node, name, ctx) is not None)
+    if target is not None and request.target.device == target.device:
+        request = replace(request, target=target)
+    return select(request, KERNELS if kernels is None else kernels)
 
 
 _PACKED = {
@@ -78,6 +92,7 @@ def _request(node: Node, name: str, ctx: Context, *, frozen: bool) -> Request:
     first, operand = value(arguments(node)[0]), value(arguments(node)[_PACKED[name]])
     is_weight = _PACKED[name] == 1 and operand.dim() == 2
     named = _named(node)
+    image = first.shape[1:-1] if first.dtype == torch.uint8 else first.shape[2:]
     return Request(
         op=name,
         target=target_of(result.device),
@@ -90,6 +105,7 @@ def _request(node: Node, name: str, ctx: Context, *, frozen: bool) -> Request:
         groups=named.get("groups", 1),
         padding=tuple(named.get("padding", ())),
         scale_rule=named.get("scale_rule", "max"),
+        symbolic_image=name in ("conv", "conv_transpose") and any(isinstance(n, torch.SymInt) for n in image),
     )
 
 

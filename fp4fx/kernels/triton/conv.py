@@ -21,11 +21,13 @@ from fp4fx.errors import LayoutError
 from fp4fx.kernels.triton import tuning
 from fp4fx.kernels.triton.conv_geometry import Geometry, geometry
 from fp4fx.kernels.triton.conv_kernels import conv_kernel, sum_kernel
+from fp4fx.kernels.triton.launch import address, device_of, launcher
 from fp4fx.kernels.triton.variant import FUSED, Variant
 from fp4fx.nvfp4 import BLOCK
 from fp4fx.ops.epilogue import check_epilogue
 from fp4fx.ops.library import CHANNELS_LAST, check_input, check_weight
 from fp4fx.policy import Compute
+from fp4fx.sizes import estimate, known_equal
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 
@@ -59,15 +61,15 @@ class _Call(NamedTuple):
     """One launch of a kernel."""
 
     kernel: Any
-    grid: tuple[int, ...]
+    grid: tuple[tuning.Size, ...]
     arguments: dict[str, Any]
     constants: dict[str, Any]
     tile: tuning.Tile
 
-    def run(self) -> None:
-        """Launch it, on the current device."""
+    def run(self, y: Tensor) -> None:
+        """Launch it, on the current device, for that result."""
         options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages, **FUSED}
-        self.kernel[self.grid](**self.arguments, **self.constants, **options)
+        launcher(self.kernel, y)[self.grid](**self.arguments, **self.constants, **options)
 
 
 def _operand_dtype(dtype: torch.dtype, quantized: bool, compute: str, family: str) -> torch.dtype:
@@ -80,7 +82,7 @@ def _operand_dtype(dtype: torch.dtype, quantized: bool, compute: str, family: st
 
 
 def _walk(
-    family: str, m: int, rows: int, channels: int, taps: int, x: torch.dtype, op: torch.dtype
+    family: str, m: tuning.Size, rows: int, channels: int, taps: int, x: torch.dtype, op: torch.dtype
 ) -> tuple[tuning.Tile, bool, int]:
     """For m pixels of dtype x: the tile, whether K is walked flat, and how many steps that takes.
 
@@ -103,8 +105,9 @@ def _walk(
 
 def _pairs(pixels: Tensor, channels: int) -> int:
     """How many values of x [B, *spatial, C] lie side by side at an aligned place: 0, 2, 4 or 8."""
-    strides = [s for s, n in zip(pixels.stride()[:-1], pixels.shape[:-1], strict=True) if n > 1]
-    unit = math.gcd(channels, *strides, pixels.data_ptr() // 2, 8)
+    lead = zip(pixels.stride()[:-1], pixels.shape[:-1], strict=True)
+    strides = [s if isinstance(s, int) else 1 for s, n in lead if not known_equal(n, 1)]
+    unit = math.gcd(channels, *strides, address(pixels) // 2, 8)
     return unit if pixels.element_size() == 2 and unit > 1 else 0
 
 
@@ -122,7 +125,7 @@ def _calls(t: _Product, y: Tensor, g: Geometry, family: str, parts: int | None =
     tile, flat, steps = _walk(family, m, rows, channels, g.taps, t.x.dtype, op)
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(rows, tile.block_n) * t.groups
     if parts is None:
-        parts = max(1, min(tile.split_k, _PROGRAMS // (tiles * phases), steps // 4))
+        parts = max(1, min(tile.split_k, _PROGRAMS // (estimate(tiles) * phases), steps // 4))
 
     pixels = t.x if quantized else t.x.movedim(1, -1)
     if quantized or (pixels.stride(-1) != 1 and t.in_channels > 1):
@@ -130,7 +133,8 @@ def _calls(t: _Product, y: Tensor, g: Geometry, family: str, parts: int | None =
     pixels = g.near(pixels)
     pairs = 0 if quantized else _pairs(pixels, channels)
     unit = pixels.shape[-1] if quantized else 2 if pairs else 1
-    x_image, *x_strides = (s // unit if n > 1 else 0 for s, n in zip(pixels.stride()[:-1], pixels.shape, strict=False))
+    places = zip(pixels.stride()[:-1], pixels.shape, strict=False)
+    x_image, *x_strides = (0 if known_equal(n, 1) else s // unit for s, n in places)
     sums = y if parts == 1 else y.new_empty(parts * y.numel(), dtype=torch.float32)
 
     follows = {"x_global_ptr": t.x_global_scale, "global_ptr": t.global_scale, "channel_scale_ptr": t.channel_scale}
@@ -141,7 +145,7 @@ def _calls(t: _Product, y: Tensor, g: Geometry, family: str, parts: int | None =
     strides = {"x_image": x_image, **_named("x", x_strides), "y_image": y.stride(0), "y_channel": y.stride(1)}
     strides |= {**_named("y", y.stride()[2:]), "y_part": y.numel()}
     geometry = {name.upper(): getattr(g, name) for name in _GEOMETRY}
-    fours = not flat and math.gcd(channels // BLOCK, tile.block_k // BLOCK, t.scale.data_ptr()) % 4 == 0
+    fours = not flat and math.gcd(channels // BLOCK, tile.block_k // BLOCK, address(t.scale)) % 4 == 0
     constants = {"FLAT": flat, "FOURS": fours, "PAIRS": pairs, "PART": parts > 1, "ACTIVATION": t.activation}
     constants |= {"OP": _TRITON[op], "PRECISION": "tf32x3", "PTX": family != "interpreter" and op != torch.float32}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
@@ -191,18 +195,20 @@ def conv(
     compute: Compute = "bf16",
     *,
     parts: int | None = None,
+    family: str | None = None,
 ) -> Tensor:
     """`fp4fx::conv` on CUDA, or on the CPU by Triton's interpreter.
 
     Args:
         x ... compute: see `fp4fx.ops.compute.conv`.
-        parts: of K, added up in order; None chooses by the number of tiles.
+        parts: of K, added up in order; None chooses by the number of tiles, of a symbolic batch by the example's.
+        family: of `tuning`, None: that of x's device.
     """
     t = _Product(x, x_scale, x_global_scale, packed, scale, global_scale, bias, channel_scale, residual, in_channels,
                  groups, activation, compute)  # fmt: skip
     spatial = tuple(x.shape[1:-1] if x_scale is not None else x.shape[2:])
     sizes = (tuple(sizes) for sizes in (kernel_size, stride, padding, dilation))
-    return _run(t, geometry(spatial, *sizes), dtype, parts)
+    return _run(t, geometry(spatial, *sizes), dtype, parts, family)
 
 
 def conv_transpose(
@@ -227,28 +233,29 @@ def conv_transpose(
     compute: Compute = "bf16",
     *,
     parts: int | None = None,
+    family: str | None = None,
 ) -> Tensor:
     """`fp4fx::conv_transpose` on CUDA, or on the CPU by Triton's interpreter; the arguments are those of `conv`."""
     t = _Product(x, x_scale, x_global_scale, packed, scale, global_scale, bias, channel_scale, residual, in_channels,
                  groups, activation, compute)  # fmt: skip
     spatial = tuple(x.shape[1:-1] if x_scale is not None else x.shape[2:])
     sizes = (tuple(sizes) for sizes in (kernel_size, stride, padding, dilation, output_padding))
-    return _run(t, geometry(spatial, *sizes), dtype, parts)
+    return _run(t, geometry(spatial, *sizes), dtype, parts, family)
 
 
-def _run(t: _Product, g: Geometry, dtype: torch.dtype | None, parts: int | None) -> Tensor:
+def _run(t: _Product, g: Geometry, dtype: torch.dtype | None, parts: int | None, family: str | None) -> Tensor:
     """Checks, the memory of the result, and the launches."""
     if t.x_scale is None and dtype is not None and dtype != t.x.dtype:
         t = t._replace(x=t.x.to(dtype))  # operands are of the result's dtype
     result = _check(t, g, dtype)
     last = _channels_last(t.x)
     if g.is_pointwise and t.groups == 1 and parts is None and (last or math.prod(g.inner) == 1):
-        y = _pointwise(t, dtype)
+        y = _pointwise(t, dtype, family)
         return y.movedim(-1, 1) if last else y.view(y.shape[0], -1, *y.shape[1:-1])
     shape = (t.x.shape[0], t.packed.shape[0], *g.outer[5 - t.x.dim() :])
     memory_format = CHANNELS_LAST[t.x.dim()] if last else torch.contiguous_format
     y = torch.empty(shape, dtype=result, device=t.x.device, memory_format=memory_format)
-    if y.numel() == 0:
+    if known_equal(y.numel(), 0):
         return y
     residual = t.residual
     if residual is not None:
@@ -257,9 +264,9 @@ def _run(t: _Product, g: Geometry, dtype: torch.dtype | None, parts: int | None)
         if residual.stride() != y.stride():
             residual = torch.empty_like(y).copy_(residual)
     dense = {name: value.contiguous() for name in _DENSE if (value := getattr(t, name)) is not None}
-    with torch.cuda.device_of(y):
-        for call in _calls(t._replace(residual=residual, **dense), y, g, tuning.family_of(y.device), parts):
-            call.run()
+    with device_of(y):
+        for call in _calls(t._replace(residual=residual, **dense), y, g, family or tuning.family_of(y.device), parts):
+            call.run(y)
     return y
 
 
@@ -280,7 +287,7 @@ def _check(t: _Product, g: Geometry, dtype: torch.dtype | None) -> torch.dtype:
     for name, vector in (("bias", t.bias), ("channel_scale", t.channel_scale)):
         if vector is not None and vector.shape != (n,):
             raise LayoutError(f"{name} must have {n} values, found {tuple(vector.shape)}")
-    if t.x.shape[0] * math.prod(g.outer) >= 2**31 - 256:  # a tile may end past the last one
+    if estimate(t.x.shape[0]) * math.prod(g.outer) >= 2**31 - 256:  # a tile may end past the last one
         raise LayoutError(f"a result of {t.x.shape[0]} x {g.outer} pixels: the kernels count them in 31 bits")
     return result
 
@@ -293,7 +300,7 @@ def _channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=last)
 
 
-def _pointwise(t: _Product, dtype: torch.dtype | None) -> Tensor:
+def _pointwise(t: _Product, dtype: torch.dtype | None, family: str | None) -> Tensor:
     """Every pixel by itself: rows [B, *spatial, N] of a linear."""
     from fp4fx.kernels.triton.linear import linear  # noqa: PLC0415
 
@@ -301,7 +308,9 @@ def _pointwise(t: _Product, dtype: torch.dtype | None) -> Tensor:
     residual = None if t.residual is None else t.residual.movedim(1, -1)
     follows = (t.channel_scale, residual, t.activation, t.compute)
     return linear(
-        *(x, t.packed, t.scale, t.global_scale, t.bias, t.in_channels, t.x_scale, t.x_global_scale, dtype), *follows
+        *(x, t.packed, t.scale, t.global_scale, t.bias, t.in_channels, t.x_scale, t.x_global_scale, dtype),
+        *follows,
+        family=family,
     )
 
 

@@ -5,6 +5,7 @@ A program writes a tile of whole blocks. Of rows of whole blocks both values of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,13 @@ from fp4fx import nvfp4
 from fp4fx.errors import LayoutError
 from fp4fx.kernels.triton import tuning
 from fp4fx.kernels.triton.codec import decode_e2m1, decode_e4m3
+from fp4fx.kernels.triton.launch import device_of, launcher
 from fp4fx.kernels.triton.quantize import LONGEST, tile_of
 from fp4fx.kernels.triton.variant import EXACT, NO_FMA, Variant
 from fp4fx.ops.library import check_weight
 from fp4fx.policy import Compute
 from fp4fx.site import Order
+from fp4fx.sizes import known_equal
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -75,17 +78,19 @@ def dequantize(
     order: Order = "rows",
     groups: int = 1,
     compute: Compute = "bf16",
+    *,
+    family: str | None = None,
 ) -> Tensor:
     """`fp4fx::dequantize`: a contiguous tensor of the shape and dtype. An order that permutes axes costs a copy.
 
-    `compute` is a message to the op that reads the result.
+    `compute` is a message to the op that reads the result. `family`: of `tuning`, None: that of the device.
 
     Raises:
         LayoutError: order, groups or shape do not fit, or a dtype other than fp32, fp16 and bf16.
     """
     del compute
     k = nvfp4.row_length(tuple(shape), order, groups)
-    rows = _decode(packed, scale, global_scale, None, packed.shape[:-1], k, dtype)
+    rows = _decode(packed, scale, global_scale, None, packed.shape[:-1], k, dtype, family)
     return nvfp4.from_rows(rows, tuple(shape), order, groups).contiguous()
 
 
@@ -96,6 +101,8 @@ def embedding(
     global_scale: Tensor,
     embedding_dim: int,
     dtype: torch.dtype,
+    *,
+    family: str | None = None,
 ) -> Tensor:
     """`fp4fx::embedding`: indices i32 or i64 [...], packed table of V rows -> rows [..., D] of dtype.
 
@@ -106,7 +113,7 @@ def embedding(
         LayoutError: a dtype other than fp32, fp16 and bf16.
     """
     torch._check(indices.dtype in (torch.int32, torch.int64), lambda: f"indices must be integers, are {indices.dtype}")
-    return _decode(packed, scale, global_scale, indices.contiguous(), indices.shape, embedding_dim, dtype)
+    return _decode(packed, scale, global_scale, indices.contiguous(), indices.shape, embedding_dim, dtype, family)
 
 
 def _decode(
@@ -117,6 +124,7 @@ def _decode(
     lead: Sequence[int],
     k: int,
     dtype: torch.dtype,
+    family: str | None,
 ) -> Tensor:
     """-> [*lead, k] of dtype: all rows of the packed, or those of dense indices [*lead]."""
     if k > LONGEST:
@@ -126,14 +134,14 @@ def _decode(
     check_weight(packed, scale, global_scale, k)
     packed, scale = packed.contiguous(), scale.contiguous()
     out = packed.new_empty((*lead, k), dtype=dtype)
-    m, blocks = out.numel() // k, scale.shape[-1]
-    if m == 0:
+    m, blocks = math.prod(lead), scale.shape[-1]
+    if known_equal(m, 0):
         return out
-    t = tile_of("dequantize", m, k, tuning.family_of(out.device))
+    t = tile_of("dequantize", m, k, family or tuning.family_of(out.device))
     columns = triton.cdiv(blocks, t["BLOCKS"])
     gather = indices is not None
-    with torch.cuda.device_of(out):  # a kernel is launched on the current one
-        _dequantize_kernel[(triton.cdiv(m, t["ROWS"]) * columns,)](
+    with device_of(out):
+        launcher(_dequantize_kernel, out)[(triton.cdiv(m, t["ROWS"]) * columns,)](
             packed, scale, global_scale, scale if indices is None else indices, out, scale.numel() // blocks, m, k,
             blocks, columns, WHOLE=k % 16 == 0, GATHER=gather, **_options(gather), **t,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from fp4fx.registry import Request
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_BODIES: dict[str, Body] = {
+BODIES: dict[str, Body] = {
     "conv": conv.conv,
     "conv_transpose": conv.conv_transpose,
     "dequantize": dequantize.dequantize,
@@ -22,6 +22,7 @@ _BODIES: dict[str, Body] = {
     "linear": linear.linear,
     "quantize": quantize.quantize,
 }
+"""The kernels by op, with its arguments."""
 
 
 def refuse(request: Request) -> str | None:
@@ -38,7 +39,7 @@ def _library() -> Any:
     """Defines the ops; on the CPU they run where Triton's interpreter does."""
     library: Any = torch.library.Library("fp4fx_triton", "DEF")
     for name in OPS:
-        define_for(library, name, _BODIES[name])
+        define_for(library, name, BODIES[name])
     return library
 
 

@@ -19,13 +19,16 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from fp4fx.capture import is_traced
 from fp4fx.kernels.triton import tuning
 from fp4fx.kernels.triton.gemm import gemm, reduce
 from fp4fx.kernels.triton.gemv import gemv
+from fp4fx.kernels.triton.launch import address, launcher
 from fp4fx.kernels.triton.variant import FUSED, Variant
 from fp4fx.ops.epilogue import check_epilogue
 from fp4fx.ops.library import check_input, check_weight
 from fp4fx.policy import Compute
+from fp4fx.sizes import estimate, known_equal
 
 _RUN = {tuning.INTERPRETER: 0, "sm_80": 4, "sm_90": 2, "sm_100": 0, "sm_120": 4}
 """RUN of `operands.spread` for the matrix unit of a family; tcgen05 gives a whole row to a thread as it is."""
@@ -52,10 +55,12 @@ def linear(
     compute: Compute = "bf16",
     *,
     schedule: Schedule | None = None,
+    family: str | None = None,
 ) -> Tensor:
     """x [..., K] fp or packed, weight of N rows -> y [..., N], contiguous: see `fp4fx.ops.compute.linear`.
 
-    `schedule` None is the one of the table in `tuning`; a packed x has no "gemv".
+    `schedule` None is the one of the table in `tuning` for `family`, None: that of x's device. A packed x has no
+    "gemv", nor has a symbolic number of rows, which else gets the schedule and the tile of the example's.
     """
     check_weight(packed, scale, global_scale, in_features)
     check_input(x, x_scale, dtype, in_features, -1)
@@ -63,25 +68,25 @@ def linear(
         x = x.to(dtype)  # operands are of the result's dtype
     out_dtype = x.dtype if dtype is None else dtype
     check_epilogue(residual, out_dtype, activation, compute)
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+    if x.is_cuda and not is_traced(x) and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):  # a kernel is launched on the current one
             return linear(x, packed, scale, global_scale, bias, in_features, x_scale, x_global_scale, dtype,
-                          channel_scale, residual, activation, compute, schedule=schedule)  # fmt: skip
+                          channel_scale, residual, activation, compute, schedule=schedule, family=family)  # fmt: skip
     n = packed.shape[0]
     shape = (*x.shape[:-1], n)
     y = torch.empty(shape, dtype=out_dtype, device=x.device)
     found = y.shape if residual is None else residual.shape
     torch._check(found == y.shape, lambda: f"residual: found {list(found)}, expected the result's {list(y.shape)}")
     m = math.prod(shape[:-1])
-    if m == 0 or n == 0:
+    if known_equal(m, 0) or n == 0:
         return y
     after = _Epilogue(_contiguous(channel_scale), _contiguous(bias), _contiguous(residual), activation)
     operands = _Operands(_rows(x, m), None if x_scale is None else _rows(x_scale, m), x_global_scale,
                          packed.contiguous(), scale.contiguous(), global_scale, in_features, compute)  # fmt: skip
-    family = tuning.family_of(x.device)
+    family = family or tuning.family_of(x.device)
     chosen = schedule or _schedule(operands, m, family)
     if chosen == "decode":
-        _decode(operands, after, y.view(m, n))
+        _decode(operands, after, y.view(m, n), family)
     elif chosen == "gemv":
         _gemv(operands, after, y, m, n, _gemv_tile(tuning.tile("gemv", family, m, n, in_features), m))
     else:
@@ -114,7 +119,7 @@ class _Epilogue(NamedTuple):
     activation: str
 
     def pointers(self, unused: Tensor) -> tuple[Tensor, ...]:
-        """Three arguments of a kernel; one that is not there is not read."""
+        """Three arguments of a kernel; for one that is not there `unused`, which is not read."""
         return tuple(unused if t is None else t for t in (self.channel_scale, self.bias, self.residual))
 
     def flags(self) -> dict[str, Any]:
@@ -130,7 +135,7 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return t if t is None else t.contiguous()
 
 
-def _rows(x: Tensor, m: int) -> Tensor:
+def _rows(x: Tensor, m: tuning.Size) -> Tensor:
     """x [..., K] -> [M, K], a view where that is possible with values of a row side by side; bytes contiguous."""
     x = x.reshape(m, x.shape[-1])
     return x.contiguous() if x.dtype == torch.uint8 or x.stride(-1) != 1 else x
@@ -138,7 +143,8 @@ def _rows(x: Tensor, m: int) -> Tensor:
 
 def _pairs(x: Tensor) -> int:
     """PAIRS of `operands.pair_tile` for rows [M, K]."""
-    aligned = x.element_size() == 2 and x.data_ptr() % 4 == 0 and x.stride(0) % 2 == 0 and x.shape[1] % 2 == 0
+    even = known_equal(x.stride(0) % 2, 0) and x.shape[1] % 2 == 0
+    aligned = x.element_size() == 2 and even and address(x) % 4 == 0
     return math.gcd(x.shape[1], 16) if aligned else 0
 
 
@@ -151,16 +157,17 @@ def _operand(dtype: torch.dtype, packed: bool, compute: Compute, interpreted: bo
     return tl.bfloat16
 
 
-def _schedule(operands: _Operands, m: int, family: str) -> Schedule:
+def _schedule(operands: _Operands, m: tuning.Size, family: str) -> Schedule:
     limits = tuning.largest_m(family)
-    few = operands.x_scale is None and m <= min(limits["gemv"], _GEMV_ROWS)
-    if few and operands.packed.data_ptr() % 8 == 0:
+    few = operands.x_scale is None and isinstance(m, int) and m <= min(limits["gemv"], _GEMV_ROWS)
+    if few and address(operands.packed) % 8 == 0:
         return "gemv"
+    m = estimate(m)
     native = operands.x_scale is not None and family in tuning.NATIVE
     return "split_k" if m <= limits["split_k"] else "gemm" if m <= limits["gemm"] or native else "decode"
 
 
-def _ceil(a: int, b: int) -> int:
+def _ceil(a: tuning.Size, b: int) -> Any:
     return -(-a // b)
 
 
@@ -170,14 +177,16 @@ def _ceil(a: int, b: int) -> int:
 def _gemv(operands: _Operands, after: _Epilogue, y: Tensor, m: int, n: int, tile: tuning.Tile) -> None:
     torch._check(operands.x_scale is None and m <= _GEMV_ROWS, lambda: f"gemv: up to {_GEMV_ROWS} unpacked rows of x")
     x, packed, scale = operands.x, operands.packed, operands.scale
-    gemv[(_ceil(n, tile.block_n),)](
-        x, packed, scale, operands.global_scale, y, *after.pointers(y), n, operands.k, x.stride(0), scale.shape[1],
+    launcher(gemv, y)[(_ceil(n, tile.block_n),)](
+        x, packed, scale, operands.global_scale, y, *after.pointers(operands.global_scale),
+        n, operands.k, x.stride(0), scale.shape[1],
         M=m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, **after.flags(),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **FUSED,
     )  # fmt: skip
 
 
-def _gemm(operands: _Operands, after: _Epilogue, y: Tensor, m: int, n: int, tile: tuning.Tile, family: str) -> None:
+def _gemm(operands: _Operands, after: _Epilogue, y: Tensor, m: tuning.Size, n: int, tile: tuning.Tile,
+          family: str) -> None:  # fmt: skip
     x, scale, x_packed = operands.x, operands.scale, operands.x_scale is not None
     interpreted = family == tuning.INTERPRETER
     op = _operand(y.dtype, x_packed, operands.compute, interpreted)
@@ -187,9 +196,10 @@ def _gemm(operands: _Operands, after: _Epilogue, y: Tensor, m: int, n: int, tile
     pairs = 0 if x_packed else _pairs(x)
     parts = max(min(tile.split_k, _ceil(operands.k, tile.block_k)), 1)
     out, following = (y, after) if parts == 1 else (y.new_empty((parts, m, n), dtype=torch.float32), _NOTHING)
-    gemm[(_ceil(n, tile.block_n) * _ceil(m, tile.block_m), parts)](
+    launcher(gemm, y)[(_ceil(n, tile.block_n) * _ceil(m, tile.block_m), parts)](
         x, operands.x_scale if x_packed else scale, operands.x_global_scale if x_packed else operands.global_scale,
-        operands.packed, scale, operands.global_scale, out, *following.pointers(y), m, n, operands.k,
+        operands.packed, scale, operands.global_scale, out,
+        *following.pointers(operands.global_scale), m, n, operands.k,
         x.stride(0) // 2 if pairs else x.stride(0), scale.shape[1],
         OP=op, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, X_PACKED=x_packed, PAIRS=pairs,
         PRECISE=precise, PTX=not interpreted,
@@ -197,17 +207,17 @@ def _gemm(operands: _Operands, after: _Epilogue, y: Tensor, m: int, n: int, tile
         num_warps=tile.num_warps, num_stages=tile.num_stages, **FUSED,
     )  # fmt: skip
     if parts > 1:
-        _reduce(out, after, y.view(m, n), parts)
+        _reduce(out, after, y.view(m, n), parts, operands.global_scale)
 
 
-def _reduce(part: Tensor, after: _Epilogue, y: Tensor, parts: int) -> None:
+def _reduce(part: Tensor, after: _Epilogue, y: Tensor, parts: int, unused: Tensor) -> None:
     m, n = y.shape
-    reduce[(_ceil(n, _REDUCE_BLOCK) * m,)](
-        part, y, *after.pointers(y), m, n, parts, BLOCK=_REDUCE_BLOCK, **after.flags(), **FUSED
+    launcher(reduce, y)[(_ceil(n, _REDUCE_BLOCK) * m,)](
+        part, y, *after.pointers(unused), m, n, parts, BLOCK=_REDUCE_BLOCK, **after.flags(), **FUSED
     )  # fmt: skip
 
 
-def _decode(operands: _Operands, after: _Epilogue, y: Tensor) -> None:
+def _decode(operands: _Operands, after: _Epilogue, y: Tensor, family: str) -> None:
     """The weight (and a packed x) decoded to dense operands for the library's product."""
     from fp4fx.kernels.triton.dequantize import dequantize  # noqa: PLC0415  (only this schedule needs it)
 
@@ -215,8 +225,8 @@ def _decode(operands: _Operands, after: _Epilogue, y: Tensor) -> None:
     (m, n), k = y.shape, operands.k
     x = operands.x
     if operands.x_scale is not None and operands.x_global_scale is not None:
-        x = dequantize(x, operands.x_scale, operands.x_global_scale, (m, k), inner)
-    weight = dequantize(operands.packed, operands.scale, operands.global_scale, (n, k), inner)
+        x = dequantize(x, operands.x_scale, operands.x_global_scale, (m, k), inner, family=family)
+    weight = dequantize(operands.packed, operands.scale, operands.global_scale, (n, k), inner, family=family)
     if inner != y.dtype:
         torch.mm(x.to(inner), weight.t(), out_dtype=y.dtype, out=y)
     elif after.bias is not None and after.bias.dtype == y.dtype and after.channel_scale is None:
@@ -225,7 +235,7 @@ def _decode(operands: _Operands, after: _Epilogue, y: Tensor) -> None:
     else:
         torch.mm(x, weight.t(), out=y)
     if after != _NOTHING:
-        _reduce(y, after, y, 1)
+        _reduce(y, after, y, 1, operands.global_scale)
 
 
 def _gemv_tile(tile: tuning.Tile, m: int) -> tuning.Tile:

@@ -15,11 +15,13 @@ from torch import Tensor
 from fp4fx import nvfp4
 from fp4fx.errors import LayoutError, PolicyError
 from fp4fx.kernels.triton import tuning
+from fp4fx.kernels.triton.launch import address, device_of, launcher
 from fp4fx.kernels.triton.quantize_kernels import amax_kernel, quantize_kernel
 from fp4fx.kernels.triton.swizzle import padded
 from fp4fx.kernels.triton.variant import EXACT, NO_FMA, Variant
 from fp4fx.scales import LARGEST_SCALE, check_rule
 from fp4fx.site import Order
+from fp4fx.sizes import estimate, known_equal
 
 LONGEST = 2**31 - 2**13
 """Values of a row, at most: within a row places are 32-bit numbers, and a tile may end past it."""
@@ -43,10 +45,13 @@ def quantize(
     groups: int = 1,
     scale_rule: str = "max",
     block_rows: int = 1,
+    *,
+    family: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fp4fx::quantize`: packed u8 [..., ceil(K/16)*8], scale u8 [..., ceil(K/16)], global_scale fp32 [].
 
     A convolution's activation in channels_last is read where it lies; other strides than those of rows cost a copy.
+    `family`: of `tuning`, None: that of x's device.
 
     Raises:
         PolicyError: a rule or block that the kernel does not have.
@@ -54,7 +59,7 @@ def quantize(
     """
     if (reason := refuse_quantize(scale_rule)) is not None:
         raise PolicyError(reason)
-    return _quantize(nvfp4.to_rows(x, order, groups), global_scale, scale_rule, block_rows)
+    return _quantize(nvfp4.to_rows(x, order, groups), global_scale, scale_rule, block_rows, family=family)
 
 
 def quantize_with(
@@ -101,6 +106,7 @@ def _quantize(
     seed: Tensor | None = None,
     hadamard: Tensor | None = None,
     swizzled: bool = False,
+    family: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [..., K], K not 0."""
     if not x.is_floating_point():
@@ -117,20 +123,21 @@ def _quantize(
     packed = x.new_empty((*lead, 8 * blocks), dtype=torch.uint8)
     scale = _new_swizzled(x, m, blocks) if swizzled else x.new_empty((*lead, blocks), dtype=torch.uint8)
     matrix = None if hadamard is None else hadamard.contiguous()
-    with torch.cuda.device_of(x):  # a kernel is launched on the current one
+    family = family or tuning.family_of(x.device)
+    with device_of(x):
         if global_scale is None:
-            used = given = _global_scale(rows, matrix, nvfp4.E2M1_MAX * LARGEST_SCALE[scale_rule])
+            used = given = _global_scale(rows, matrix, nvfp4.E2M1_MAX * LARGEST_SCALE[scale_rule], family)
         else:
             used, given = torch.empty_like(global_scale), global_scale
-        if m == 0:
+        if known_equal(m, 0):
             return packed, scale, used.copy_(given)
 
         tall = block_rows > 1
-        last = x.shape[-2] if tall and x.dim() > 1 else m  # rows of a matrix, which tiles end with
-        t = tile_of("quantize", last, k, tuning.family_of(x.device), block_rows)
+        matrices, last = (m // x.shape[-2], x.shape[-2]) if tall and x.dim() > 1 else (1, m)  # which tiles end with
+        t = tile_of("quantize", last, k, family, block_rows)
         columns, whole = triton.cdiv(blocks, t["BLOCKS"]), _whole(rows)
-        quantize_kernel[(m // last * triton.cdiv(last, t["ROWS"]) * columns,)](
-            rows, given, given if matrix is None else matrix, packed, scale, used, packed if seed is None else seed,
+        launcher(quantize_kernel, packed)[(matrices * triton.cdiv(last, t["ROWS"]) * columns,)](
+            rows, given, given if matrix is None else matrix, packed, scale, used, given if seed is None else seed,
             last, k, rows.stride(0) // 16 if whole else rows.stride(0), columns, blocks, TALL=tall, WHOLE=whole,
             RULE=scale_rule, HADAMARD=matrix is not None, STOCHASTIC=seed is not None,
             SWIZZLED=swizzled, COPY=global_scale is not None, **EXACT, **t,
@@ -145,20 +152,20 @@ def _new_swizzled(x: Tensor, m: int, blocks: int) -> Tensor:
     return new((high * wide,), dtype=torch.uint8)
 
 
-def _global_scale(rows: Tensor, hadamard: Tensor | None, limit: float) -> Tensor:
+def _global_scale(rows: Tensor, hadamard: Tensor | None, limit: float, family: str) -> Tensor:
     """Rows [M, K] -> the global scale fp32 [], amax / limit: the maxima of parts, then theirs."""
     (m, k), whole = rows.shape, _whole(rows)
-    t = tile_of("quantize", m, k, tuning.family_of(rows.device))
+    t = tile_of("quantize", m, k, family)
     columns = triton.cdiv(k, 16 * t["BLOCKS"])
     tiles = triton.cdiv(m, t["ROWS"]) * columns
-    programs = max(min(tiles, _PARTS), 1) if rows.numel() > _PARTS else 1
+    programs = max(min(estimate(tiles), _PARTS), 1) if estimate(m) * k > _PARTS else 1
     last = programs == 1
     found = rows.new_empty(() if last else (1, programs), dtype=torch.float32)
-    amax_kernel[(programs,)](
-        rows, found if hadamard is None else hadamard, found, m, k, rows.stride(0) // 16 if whole else rows.stride(0),
+    launcher(amax_kernel, found)[(programs,)](
+        rows, rows if hadamard is None else hadamard, found, m, k, rows.stride(0) // 16 if whole else rows.stride(0),
         columns, tiles, limit, WHOLE=whole, HADAMARD=hadamard is not None, LAST=last, **EXACT, **t,
     )  # fmt: skip
-    return found if last else _global_scale(found, None, limit)
+    return found if last else _global_scale(found, None, limit, family)
 
 
 def _as_matrix(x: Tensor) -> Tensor:
@@ -171,14 +178,16 @@ def _as_matrix(x: Tensor) -> Tensor:
 
 def _whole(rows: Tensor) -> bool:
     """Whether a matrix is made of whole blocks that can be read as words of two values."""
-    return not (rows.shape[1] % 16 or rows.stride(0) % 16 or rows.data_ptr() % (2 * rows.element_size()))
+    whole = rows.shape[1] % 16 == 0 and known_equal(rows.stride(0) % 16, 0)
+    return whole and address(rows) % (2 * rows.element_size()) == 0
 
 
-def tile_of(op: str, m: int, k: int, family: str, least: int = 1) -> dict[str, Any]:
+def tile_of(op: str, m: tuning.Size, k: int, family: str, least: int = 1) -> dict[str, Any]:
     """The constants of a launch over [m, k]: the tile of the table, bent to a matrix that is smaller than it.
 
     `least`: the fewest rows that a tile may have.
     """
+    m = estimate(m)
     tile = tuning.tile(op, family, m, 1, k)
     values = max(tile.block_m * tile.block_k, 16 * least)
     width = min(max(tile.block_k, 16), triton.next_power_of_2(max(k, 16)))

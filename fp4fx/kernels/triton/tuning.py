@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fp4fx.errors import KernelError
+from fp4fx.sizes import estimate
 
 PATH = Path(__file__).with_name("tuning.json")
 FAMILIES = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -38,17 +39,19 @@ class Tile(NamedTuple):
     num_stages: int = 3
 
 
+Size = int | torch.SymInt
+
 _forced: dict[str, Tile] = {}
 
 
-def tile(op: str, family: str, m: int, n: int, k: int) -> Tile:
+def tile(op: str, family: str, m: Size, n: Size, k: Size) -> Tile:
     """The tile for a product [m, k] x [n, k].
 
     Args:
         op: "gemv", "split_k", "gemm", "conv" (m positions, n results and k values of a group), or "quantize" and
             "dequantize" (m rows of k values, n is 1).
         family: that of `family_of`.
-        m, n, k: sizes of this call.
+        m, n, k: sizes of this call; of symbolic ones those of the example.
 
     Raises:
         KernelError: the table has no row for it.
@@ -57,7 +60,7 @@ def tile(op: str, family: str, m: int, n: int, k: int) -> Tile:
         return _forced[op]
     if family == INTERPRETER:
         return Tile(32, 32, 64, 2) if op == "conv" else Tile(16, 16, 32, 2 if op == "split_k" else 1)
-    return _find(op, family, m, n, k)
+    return _find(op, family, estimate(m), estimate(n), estimate(k))
 
 
 def tiles(op: str, family: str) -> tuple[Tile, ...]:
@@ -99,8 +102,13 @@ def family_of(device: torch.device) -> str:
     """One of `FAMILIES`, for an unknown card the nearest; "interpreter" on the CPU."""
     if device.type != "cuda":
         return INTERPRETER
-    major = torch.cuda.get_device_capability(device)[0]
-    return max((name for name in FAMILIES if _major(name) <= major), key=_major, default=FAMILIES[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return family_for(10 * major + minor)
+
+
+def family_for(capability: int) -> str:
+    """The one of `FAMILIES` for a compute capability times ten."""
+    return max((name for name in FAMILIES if _major(name) <= capability // 10), key=_major, default=FAMILIES[0])
 
 
 def note(device: torch.device) -> str | None:

@@ -1,0 +1,29 @@
+"""How a kernel is launched: on tensors, or as a node of the graph that torch is tracing."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4fx.capture import is_traced
+
+
+def launcher(kernel: Any, result: Tensor) -> Any:
+    """The kernel, to be launched as `launcher(kernel, y)[grid](...)`; what it writes to is traced or not."""
+    return torch.library.wrap_triton(kernel) if is_traced(result) else kernel
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A kernel is launched on the current device: let it be the tensor's. A graph has its devices from its tensors."""
+    return nullcontext() if is_traced(tensor) else torch.cuda.device_of(tensor)
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor begins; a traced one in bytes from where its memory does, which is aligned, and 1 if symbolic."""
+    if not is_traced(tensor):
+        return tensor.data_ptr()
+    offset = tensor.storage_offset()
+    return offset * tensor.element_size() if isinstance(offset, int) else 1
