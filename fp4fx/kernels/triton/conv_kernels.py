@@ -5,7 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp4fx.kernels.triton import codec, epilogue, operands
+from fp4fx.kernels.triton.codec import operand, operand_scale, unit
+from fp4fx.kernels.triton.epilogue import finish
+from fp4fx.kernels.triton.operands import halves, packed_tile, split_pairs
 
 
 @triton.jit
@@ -32,7 +34,7 @@ def _within(mask, at, size, BOUNDED: tl.constexpr):
 def _pair(x_ptr, at, mask, OP: tl.constexpr):
     """Two values at x_ptr + 2·at each, of 16 bits -> (even, odd), both OP like `at`."""
     x = tl.load(x_ptr.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
-    return operands.split_pairs(x, x_ptr.dtype.element_ty, OP)
+    return split_pairs(x, x_ptr.dtype.element_ty, OP)
 
 
 @triton.jit
@@ -44,7 +46,7 @@ def _value(x_ptr, x_scale_ptr, pixel, channel, x_blocks, mask, OP: tl.constexpr)
         row = pixel * x_blocks
         codes = tl.load(x_ptr + row * 8 + channel // 2, mask=mask, other=0).to(tl.int32) >> channel % 2 * 4
         scale = tl.load(x_scale_ptr + row + channel // 16, mask=mask, other=0)
-        return codec.operand(codes, codec.operand_scale(scale, OP), OP)
+        return operand(codes, operand_scale(scale, OP), OP)
 
 
 @triton.jit
@@ -60,18 +62,18 @@ def _weight(packed_ptr, scale_ptr, row, row_mask, block, end, row_blocks, OP: tl
         scale = tl.load(fours_ptr + four, mask=row_mask[:, None] & (four < end // 4), other=0)
         scale = scale[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]
         scale = (scale & 0xFF).reshape(row.shape[0], BLOCKS)
-        return operands.halves(codes, codec.operand_scale(scale, OP), OP, PTX)
+        return halves(codes, operand_scale(scale, OP), OP, PTX)
     else:
-        return operands.packed_tile(packed_ptr, scale_ptr, row, row_mask, block, end, row_blocks, OP, BLOCKS, PTX)
+        return packed_tile(packed_ptr, scale_ptr, row, row_mask, block, end, row_blocks, OP, BLOCKS, PTX)
 
 
 @triton.jit
 def _unit(global_ptr, x_global_ptr, OP: tl.constexpr):
     """What sums of products of operands are multiplied by, fp32."""
-    unit = tl.load(global_ptr) * codec.unit(OP)
+    factor = tl.load(global_ptr) * unit(OP)
     if x_global_ptr is not None:
-        unit = unit * (tl.load(x_global_ptr) * codec.unit(OP))
-    return unit
+        factor = factor * (tl.load(x_global_ptr) * unit(OP))
+    return factor
 
 
 @triton.jit
@@ -211,8 +213,8 @@ def conv_kernel(  # noqa: PLR0915
             mask = _within(mask, i2 + at2, in2, BOUNDED[2])
             at = pixel + (at0 * x0 + at1 * x1 + at2 * x2)
             if PACKED:
-                even, odd = operands.packed_tile(x_ptr, x_scale_ptr, at, mask, group * blocks + of_tap,
-                                                 (group + 1) * blocks, x_blocks, OP, BLOCKS, PTX)  # fmt: skip
+                even, odd = packed_tile(x_ptr, x_scale_ptr, at, mask, group * blocks + of_tap,
+                                        (group + 1) * blocks, x_blocks, OP, BLOCKS, PTX)  # fmt: skip
                 even, odd = tl.trans(even), tl.trans(odd)
             else:
                 pair = of_tap * 8 + pairs
@@ -242,10 +244,10 @@ def conv_kernel(  # noqa: PLR0915
     if PART:
         tl.store(y_ptr + tl.program_id(2).to(tl.int64) * y_part + at, acc, mask=mask)
     else:
-        y = epilogue.finish(acc * _unit(global_ptr, x_global_ptr, OP), n[:, None], n_mask[:, None], channel_scale_ptr,
-                            bias_ptr, residual_ptr + at if residual_ptr is not None else at, mask,
-                            channel_scale_ptr is not None, bias_ptr is not None, residual_ptr is not None,
-                            ACTIVATION)  # fmt: skip
+        y = finish(acc * _unit(global_ptr, x_global_ptr, OP), n[:, None], n_mask[:, None], channel_scale_ptr,
+                   bias_ptr, residual_ptr + at if residual_ptr is not None else at, mask,
+                   channel_scale_ptr is not None, bias_ptr is not None, residual_ptr is not None,
+                   ACTIVATION)  # fmt: skip
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -260,8 +262,8 @@ def sum_kernel(parts_ptr, x_global_ptr, global_ptr, channel_scale_ptr, bias_ptr,
     for _ in range(parts):
         product += tl.load(part, mask=mask, other=0.0)
         part += size
-    y = epilogue.finish(product * _unit(global_ptr, x_global_ptr, OP), at // inner % rows, mask, channel_scale_ptr,
-                        bias_ptr, residual_ptr + at if residual_ptr is not None else at, mask,
-                        channel_scale_ptr is not None, bias_ptr is not None, residual_ptr is not None,
-                        ACTIVATION)  # fmt: skip
+    y = finish(product * _unit(global_ptr, x_global_ptr, OP), at // inner % rows, mask, channel_scale_ptr,
+               bias_ptr, residual_ptr + at if residual_ptr is not None else at, mask,
+               channel_scale_ptr is not None, bias_ptr is not None, residual_ptr is not None,
+               ACTIVATION)  # fmt: skip
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)

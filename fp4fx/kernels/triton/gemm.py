@@ -8,7 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp4fx.kernels.triton import codec, epilogue, operands
+from fp4fx.kernels.triton.codec import unit
+from fp4fx.kernels.triton.epilogue import finish
+from fp4fx.kernels.triton.operands import load_packed, packed_tile, pair_tile
 
 
 @triton.jit
@@ -50,39 +52,35 @@ def gemm(x_ptr, x_scale_ptr, x_global_ptr, packed_ptr, scale_ptr, global_ptr, ou
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for block in range(first, tl.minimum(first + each, blocks), BLOCKS):
         if NATIVE:
-            w, ws = operands.load_packed(packed_ptr, scale_ptr, n, n_mask, block, blocks, blocks, BLOCKS)
-            x, xs = operands.load_packed(x_ptr, x_scale_ptr, m, m_mask, block, blocks, blocks, BLOCKS)
+            w, ws = load_packed(packed_ptr, scale_ptr, n, n_mask, block, blocks, blocks, BLOCKS)
+            x, xs = load_packed(x_ptr, x_scale_ptr, m, m_mask, block, blocks, blocks, BLOCKS)
             ws, xs = ws.to(tl.float8e4nv, bitcast=True), xs.to(tl.float8e4nv, bitcast=True)
             acc = tl.dot_scaled(w, ws, "e2m1", x.T, xs, "e2m1", acc)
         else:
-            low, high = operands.packed_tile(
-                packed_ptr, scale_ptr, n, n_mask, block, blocks, blocks, OP, BLOCKS, PTX, RUN
-            )
+            low, high = packed_tile(packed_ptr, scale_ptr, n, n_mask, block, blocks, blocks, OP, BLOCKS, PTX, RUN)
             if X_PACKED:
-                even, odd = operands.packed_tile(
-                    x_ptr, x_scale_ptr, m, m_mask, block, blocks, blocks, OP, BLOCKS, PTX, RUN
-                )
+                even, odd = packed_tile(x_ptr, x_scale_ptr, m, m_mask, block, blocks, blocks, OP, BLOCKS, PTX, RUN)
                 even, odd = even.T, odd.T
             else:
                 pair = block * 8 + tl.arange(0, BLOCK_K // 2)
-                even, odd = operands.pair_tile(x_ptr, m.to(tl.int64) * x_row, m_mask, pair, K, OP, PAIRS, RUN)
+                even, odd = pair_tile(x_ptr, m.to(tl.int64) * x_row, m_mask, pair, K, OP, PAIRS, RUN)
             acc = _dot(low, even, acc, PRECISE)
             acc = _dot(high, odd, acc, PRECISE)
     factor = tl.load(global_ptr)
     if X_PACKED:
         factor = factor * tl.load(x_global_ptr)
     if not NATIVE:
-        factor = factor * codec.unit(OP)
+        factor = factor * unit(OP)
         if X_PACKED:
-            factor = factor * codec.unit(OP)
+            factor = factor * unit(OP)
     mask = n_mask[:, None] & m_mask[None, :]
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     y = acc * factor
     if PARTIAL:
         tl.store(out_ptr + tl.program_id(1).to(tl.int64) * M * N + at, y, mask=mask)
     else:
-        y = epilogue.finish(y, n[:, None], n_mask[:, None], channel_scale_ptr, bias_ptr, residual_ptr + at, mask,
-                            HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)  # fmt: skip
+        y = finish(y, n[:, None], n_mask[:, None], channel_scale_ptr, bias_ptr, residual_ptr + at, mask,
+                   HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)  # fmt: skip
         tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -100,6 +98,6 @@ def reduce(part_ptr, out_ptr, channel_scale_ptr, bias_ptr, residual_ptr, M, N, p
     for _ in range(1, parts):
         part_ptr += M.to(tl.int64) * N
         total += tl.load(part_ptr + at, mask=mask, other=0.0)
-    y = epilogue.finish(total, n, mask, channel_scale_ptr, bias_ptr, residual_ptr + at, mask, HAS_SCALE, HAS_BIAS,
-                        HAS_RESIDUAL, ACTIVATION)  # fmt: skip
+    y = finish(total, n, mask, channel_scale_ptr, bias_ptr, residual_ptr + at, mask, HAS_SCALE, HAS_BIAS,
+               HAS_RESIDUAL, ACTIVATION)  # fmt: skip
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)

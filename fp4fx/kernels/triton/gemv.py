@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp4fx.kernels.triton import codec, epilogue
+from fp4fx.kernels.triton.codec import decode_e4m3
+from fp4fx.kernels.triton.epilogue import finish
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def gemv(x_ptr, packed_ptr, scale_ptr, global_ptr, out_ptr, channel_scale_ptr, b
         block = first + (tl.arange(0, BLOCKS) ^ 1)
         mask = n_mask[:, None] & (block < blocks)[None, :]
         words = tl.load(packed_ptr.to(tl.pointer_type(tl.int64)) + start + block[None, :], mask=mask, other=0)
-        factor = codec.decode_e4m3(tl.load(scale_ptr + start + block[None, :], mask=mask, other=0))
+        factor = decode_e4m3(tl.load(scale_ptr + start + block[None, :], mask=mask, other=0))
         sums = ()
         for m in tl.static_range(M):
             row = x_ptr + m * tl.cast(x_row, tl.int64)
@@ -79,6 +80,6 @@ def gemv(x_ptr, packed_ptr, scale_ptr, global_ptr, out_ptr, channel_scale_ptr, b
     for m in tl.static_range(M):
         y = tl.sum(accs[m], axis=1) * unit
         at = m * N + n
-        y = epilogue.finish(y, n, n_mask, channel_scale_ptr, bias_ptr, residual_ptr + at, n_mask, HAS_SCALE, HAS_BIAS,
-                            HAS_RESIDUAL, ACTIVATION)  # fmt: skip
+        y = finish(y, n, n_mask, channel_scale_ptr, bias_ptr, residual_ptr + at, n_mask, HAS_SCALE, HAS_BIAS,
+                   HAS_RESIDUAL, ACTIVATION)  # fmt: skip
         tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=n_mask)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp4fx.kernels.triton import codec
+from fp4fx.kernels.triton.codec import operand, operand_scale
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def packed_tile(packed_ptr, scale_ptr, row, row_mask, block, end, row_blocks, OP
         (low, high), both OP [R, BLOCKS * 8].
     """
     codes, scale = load_packed(packed_ptr, scale_ptr, row, row_mask, block, end, row_blocks, BLOCKS)
-    return halves(codes, codec.operand_scale(scale, OP), OP, PTX, RUN)
+    return halves(codes, operand_scale(scale, OP), OP, PTX, RUN)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def halves(codes, factor, OP: tl.constexpr, PTX: tl.constexpr, RUN: tl.constexpr
     elif PTX and OP == tl.float16:
         return tl.inline_asm_elementwise(DECODE_FP16, _REGISTERS, [codes, factor], (tl.float16, tl.float16), True, 4)
     else:
-        return codec.operand(codes, factor, OP), codec.operand(codes >> 4, factor, OP)
+        return operand(codes, factor, OP), operand(codes >> 4, factor, OP)
 
 
 # Four bytes $4 and a factor for each in $5, $6 -> operands of their low codes $0, $1, of their high codes $2, $3.
