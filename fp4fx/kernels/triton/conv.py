@@ -21,7 +21,7 @@ from fp4fx.errors import LayoutError
 from fp4fx.kernels.triton import tuning
 from fp4fx.kernels.triton.conv_geometry import Geometry, geometry
 from fp4fx.kernels.triton.conv_kernels import conv_kernel, sum_kernel
-from fp4fx.kernels.triton.launch import address, device_of, launcher
+from fp4fx.kernels.triton.launch import address, device_of, in_memory, launcher
 from fp4fx.kernels.triton.variant import FUSED, Variant
 from fp4fx.nvfp4 import BLOCK
 from fp4fx.ops.epilogue import check_epilogue
@@ -137,7 +137,8 @@ def _calls(t: _Product, y: Tensor, g: Geometry, family: str, parts: int | None =
     x_image, *x_strides = (0 if known_equal(n, 1) else s // unit for s, n in places)
     sums = y if parts == 1 else y.new_empty(parts * y.numel(), dtype=torch.float32)
 
-    follows = {"x_global_ptr": t.x_global_scale, "global_ptr": t.global_scale, "channel_scale_ptr": t.channel_scale}
+    follows = {"x_global_ptr": None if t.x_global_scale is None else in_memory(t.x_global_scale)}
+    follows |= {"global_ptr": in_memory(t.global_scale), "channel_scale_ptr": t.channel_scale}
     follows |= {"bias_ptr": t.bias, "residual_ptr": t.residual}
     sizes = {"groups": t.groups, "rows": rows, "channels": channels, "row_blocks": t.scale.shape[1]}
     sizes |= {"x_blocks": 0 if t.x_scale is None else t.x_scale.shape[-1], "batch": batch, "parts": parts}

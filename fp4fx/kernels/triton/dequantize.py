@@ -18,7 +18,7 @@ from fp4fx import nvfp4
 from fp4fx.errors import LayoutError
 from fp4fx.kernels.triton import tuning
 from fp4fx.kernels.triton.codec import decode_e2m1, decode_e4m3
-from fp4fx.kernels.triton.launch import device_of, launcher
+from fp4fx.kernels.triton.launch import device_of, in_memory, launcher
 from fp4fx.kernels.triton.quantize import LONGEST, tile_of
 from fp4fx.kernels.triton.variant import EXACT, NO_FMA, Variant
 from fp4fx.ops.library import check_weight
@@ -142,8 +142,8 @@ def _decode(
     gather = indices is not None
     with device_of(out):
         launcher(_dequantize_kernel, out)[(triton.cdiv(m, t["ROWS"]) * columns,)](
-            packed, scale, global_scale, scale if indices is None else indices, out, scale.numel() // blocks, m, k,
-            blocks, columns, WHOLE=k % 16 == 0, GATHER=gather, **_options(gather), **t,
+            packed, scale, in_memory(global_scale), scale if indices is None else indices, out,
+            scale.numel() // blocks, m, k, blocks, columns, WHOLE=k % 16 == 0, GATHER=gather, **_options(gather), **t,
         )  # fmt: skip
     return out
 

@@ -21,6 +21,15 @@ def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if is_traced(tensor) else torch.cuda.device_of(tensor)
 
 
+def in_memory(scalar: Tensor) -> Tensor:
+    """A tensor of rank 0 as a kernel is given it: Inductor makes a number of such a constant, which has no address.
+
+    Of the view it makes a tensor, in a launch of its own unless "always_keep_tensor_constants" is set and
+    "joint_graph_constant_folding" is not.
+    """
+    return scalar.view(1) if is_traced(scalar) else scalar
+
+
 def address(tensor: Tensor) -> int:
     """Where a tensor begins; a traced one in bytes from where its memory does, which is aligned, and 1 if symbolic."""
     if not is_traced(tensor):

@@ -23,7 +23,7 @@ from fp4fx.capture import is_traced
 from fp4fx.kernels.triton import tuning
 from fp4fx.kernels.triton.gemm import gemm, reduce
 from fp4fx.kernels.triton.gemv import gemv
-from fp4fx.kernels.triton.launch import address, launcher
+from fp4fx.kernels.triton.launch import address, in_memory, launcher
 from fp4fx.kernels.triton.variant import FUSED, Variant
 from fp4fx.ops.epilogue import check_epilogue
 from fp4fx.ops.library import check_input, check_weight
@@ -81,8 +81,9 @@ def linear(
     if known_equal(m, 0) or n == 0:
         return y
     after = _Epilogue(_contiguous(channel_scale), _contiguous(bias), _contiguous(residual), activation)
-    operands = _Operands(_rows(x, m), None if x_scale is None else _rows(x_scale, m), x_global_scale,
-                         packed.contiguous(), scale.contiguous(), global_scale, in_features, compute)  # fmt: skip
+    operands = _Operands(_rows(x, m), None if x_scale is None else _rows(x_scale, m),
+                         None if x_global_scale is None else in_memory(x_global_scale), packed.contiguous(),
+                         scale.contiguous(), in_memory(global_scale), in_features, compute)  # fmt: skip
     family = family or tuning.family_of(x.device)
     chosen = schedule or _schedule(operands, m, family)
     if chosen == "decode":
@@ -178,7 +179,7 @@ def _gemv(operands: _Operands, after: _Epilogue, y: Tensor, m: int, n: int, tile
     torch._check(operands.x_scale is None and m <= _GEMV_ROWS, lambda: f"gemv: up to {_GEMV_ROWS} unpacked rows of x")
     x, packed, scale = operands.x, operands.packed, operands.scale
     launcher(gemv, y)[(_ceil(n, tile.block_n),)](
-        x, packed, scale, operands.global_scale, y, *after.pointers(operands.global_scale),
+        x, packed, scale, operands.global_scale, y, *after.pointers(scale),
         n, operands.k, x.stride(0), scale.shape[1],
         M=m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, **after.flags(),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **FUSED,
@@ -197,9 +198,9 @@ def _gemm(operands: _Operands, after: _Epilogue, y: Tensor, m: tuning.Size, n: i
     parts = max(min(tile.split_k, _ceil(operands.k, tile.block_k)), 1)
     out, following = (y, after) if parts == 1 else (y.new_empty((parts, m, n), dtype=torch.float32), _NOTHING)
     launcher(gemm, y)[(_ceil(n, tile.block_n) * _ceil(m, tile.block_m), parts)](
-        x, operands.x_scale if x_packed else scale, operands.x_global_scale if x_packed else operands.global_scale,
+        x, operands.x_scale if x_packed else scale, operands.x_global_scale if x_packed else scale,
         operands.packed, scale, operands.global_scale, out,
-        *following.pointers(operands.global_scale), m, n, operands.k,
+        *following.pointers(scale), m, n, operands.k,
         x.stride(0) // 2 if pairs else x.stride(0), scale.shape[1],
         OP=op, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, X_PACKED=x_packed, PAIRS=pairs,
         PRECISE=precise, PTX=not interpreted,
@@ -207,7 +208,7 @@ def _gemm(operands: _Operands, after: _Epilogue, y: Tensor, m: tuning.Size, n: i
         num_warps=tile.num_warps, num_stages=tile.num_stages, **FUSED,
     )  # fmt: skip
     if parts > 1:
-        _reduce(out, after, y.view(m, n), parts, operands.global_scale)
+        _reduce(out, after, y.view(m, n), parts, scale)
 
 
 def _reduce(part: Tensor, after: _Epilogue, y: Tensor, parts: int, unused: Tensor) -> None:
@@ -235,7 +236,7 @@ def _decode(operands: _Operands, after: _Epilogue, y: Tensor, family: str) -> No
     else:
         torch.mm(x, weight.t(), out=y)
     if after != _NOTHING:
-        _reduce(y, after, y, 1, operands.global_scale)
+        _reduce(y, after, y, 1, operands.scale)
 
 
 def _gemv_tile(tile: tuning.Tile, m: int) -> tuning.Tile:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fp4fx import nvfp4
 from fp4fx.errors import LayoutError, PolicyError
 from fp4fx.kernels.triton import tuning
-from fp4fx.kernels.triton.launch import address, device_of, launcher
+from fp4fx.kernels.triton.launch import address, device_of, in_memory, launcher
 from fp4fx.kernels.triton.quantize_kernels import amax_kernel, quantize_kernel
 from fp4fx.kernels.triton.swizzle import padded
 from fp4fx.kernels.triton.variant import EXACT, NO_FMA, Variant
@@ -128,9 +128,9 @@ def _quantize(
         if global_scale is None:
             used = given = _global_scale(rows, matrix, nvfp4.E2M1_MAX * LARGEST_SCALE[scale_rule], family)
         else:
-            used, given = torch.empty_like(global_scale), global_scale
+            used, given = torch.empty_like(global_scale), in_memory(global_scale)
         if known_equal(m, 0):
-            return packed, scale, used.copy_(given)
+            return packed, scale, used.copy_(given.view(()))
 
         tall = block_rows > 1
         matrices, last = (m // x.shape[-2], x.shape[-2]) if tall and x.dim() > 1 else (1, m)  # which tiles end with
