@@ -137,6 +137,7 @@ def _fuse(gm: GraphModule, choice: tuple[Kernel, Target | None] | None, refusals
         if kernel is wanted:
             kernel.lower(node)
         else:
-            why = reasons or (f"{wanted.name}: it takes no {name} here, its kernels are for {wanted.device}",)
+            device = capture.value(capture.arguments(node)[0]).device.type
+            why = reasons or (f"{wanted.name}: it has no {name} on {device}",)
             refusals.extend(f"fp4fx::{name} ({node.name}): {reason}" for reason in why)
     gm.recompile()

@@ -106,6 +106,16 @@ def test_dynamic_shapes_stay_dynamic(to):
         close(lowered.module()(x), q(x))
 
 
+@pytest.mark.parametrize("to", ["fused", "portable", pytest.param("cpu", marks=needs_kernels)])
+def test_defaults_that_an_export_leaves_out(to):
+    q, x = fp4fx.quantize(nn.Linear(32, 8), fp4fx.Policy(skip_first=0, skip_last=0)), torch.randn(2, 32)
+    program = torch.export.export(q, (x,))
+    assert "bf16" not in program.graph_module.code  # compute, the last argument
+    lowered = fp4fx.lower(program, to)
+    assert ops_of(lowered) == {"fused": {"fp4fx.linear": 1}, "cpu": {"fp4fx_cpu.linear": 1}}.get(to, {})
+    close(lowered.module()(x), q(x), 2e-2)
+
+
 def test_attention_is_exported_in_training_mode_too():
     q, x = fp4fx.quantize(Attention(), ALL), torch.randn(2, 3, 8)
     program = torch.export.export(q, (x,))
@@ -121,6 +131,13 @@ def test_what_is_asked_for_is_checked():
         fp4fx.lower(program, "cpu", on_fallback="ignore")
     with pytest.raises(fp4fx.BackendError, match=r"found a Linear, expected the result of torch\.export"):
         fp4fx.lower(nn.Linear(3, 4), "portable")
+    with pytest.raises(fp4fx.BackendError, match="found target=90 with to='cpu', only 'cuda' is for a target"):
+        fp4fx.lower(program, "cpu", target=90)
+    with pytest.raises(fp4fx.FallbackError, match=r"fp4fx::linear \(\w+\): triton: it has no linear on cpu"):
+        fp4fx.lower(program, "cuda", target=90, on_fallback="raise")
+    if not torch.cuda.is_available():
+        with pytest.raises(fp4fx.BackendError, match="found no GPU; pass target="):
+            fp4fx.lower(program, "cuda")
 
 
 def alone(code, *args):

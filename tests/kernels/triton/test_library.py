@@ -10,7 +10,7 @@ from torch import nn
 import fp4fx
 from fp4fx import ops
 from fp4fx.kernels import reference, triton
-from fp4fx.kernels.triton import library
+from fp4fx.kernels.triton import library, program
 from fp4fx.registry import Request, select
 from fp4fx.target import Target, target_of
 
@@ -61,6 +61,28 @@ def test_ops_have_the_schemas_of_the_bodies():
     for name in triton.OPS:
         mine, theirs = library.op(name)._schema, getattr(torch.ops.fp4fx, name).default._schema
         assert str(mine).replace("fp4fx_triton::", "fp4fx::") == str(theirs)
+
+
+def test_ops_of_programs_have_the_bits_of_the_others(device):
+    w, x = [t.to(device) for t in ops.quantize(torch.randn(20, 40))], torch.randn(3, 40, device=device)
+    kernel = [t.to(device) for t in ops.quantize(torch.randn(20, 48))]
+    image = torch.randn(2, 16, 5, device=device)
+    geometry = [3], [2], [1]
+    calls = {
+        "linear": ((x, *w, None, 40), {"activation": "relu", "channel_scale": torch.rand(20, device=device)}),
+        "dequantize": ((*w, (20, 40), torch.float32), {}),
+        "embedding": ((torch.tensor([[3, 19]], device=device), *w, 40, torch.float16), {}),
+        "quantize": ((x, w[2]), {"scale_rule": "four_over_six"}),
+        "conv": ((image, *kernel, None, 16, *geometry, [1], 1), {}),
+        "conv_transpose": ((image, *kernel, None, 16, *geometry, [1], [1], 1), {}),
+    }
+    assert set(calls) == set(triton.OPS)
+    for name, (args, options) in calls.items():
+        found, expected = program.op(name)(*args, **options, target=80), library.op(name)(*args, **options)
+        for a, b in zip(*([t] if isinstance(t, torch.Tensor) else t for t in (found, expected)), strict=True):
+            assert torch.equal(a, b) and a.stride() == b.stride()
+        mine, theirs = str(program.op(name)._schema), str(library.op(name)._schema)
+        assert mine.replace(", *, int target", "") == theirs.replace("fp4fx_triton::", "fp4fx_cuda::")
 
 
 def test_fakes(device):

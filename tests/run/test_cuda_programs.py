@@ -1,0 +1,73 @@
+"""The form "cuda" of exported programs: `triton_op`s, the launches in them, and what AOTInductor compiles of these.
+
+Kernels are compiled and launches traced by a process that does not interpret, `cuda_programs`; launches are replayed by
+one that does.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    if torch.cuda.is_available():
+        pytest.skip("made for a machine without a GPU, which it pretends to have")
+    cache = str(tmp_path_factory.mktemp("inductor"))
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TORCHINDUCTOR_CACHE_DIR": cache}
+    command = [sys.executable, "-m", "tests.run.cuda_programs"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+CASES = {  # ops, launches, whether the grid of each has a symbolic size
+    "mixed": (
+        ["embedding", "conv", "linear"],
+        {"_dequantize_kernel": True, "conv_kernel": True, "gemm": True, "reduce": True},
+    ),
+    "w4a4": (
+        ["embedding", "conv", "quantize", "linear"],
+        {"_dequantize_kernel": True, "conv_kernel": True, "amax_kernel": False, "quantize_kernel": True, "gemm": True,
+         "reduce": True},
+    ),
+    "few rows": (["linear"], {"gemv": False}),
+    "many rows": (["linear"], {"_dequantize_kernel": False, "reduce": True}),
+    "transposed": (["conv_transpose"], {"conv_kernel": True, "sum_kernel": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_launches_of_a_program(found, name):
+    ops, launches = CASES[name]
+    case = found[name]
+    assert case["ops"] == [f"fp4fx_cuda.{op}.default" for op in ops] and case["refusals"] == ""
+    assert case["symbolic"] == list(launches.values()) and case["dense"] == []
+    assert set(case["cloned"]) <= {"out_ptr", "y_ptr", "packed_ptr", "scale_ptr"}  # results, no weight
+    for replayed in case["launches"]:
+        assert [kernel for kernel, _ in replayed] == list(launches)
+    assert max(case["errors"]) < 2e-3  # of fp16, for other batches than the example's too
+
+
+def test_what_the_kernels_refuse_is_decoded(found):
+    reasons = {"fp64": "found torch.float64", "dynamic image": "the height or width of the image is dynamic"}
+    for name, reason in reasons.items():
+        assert reason in found[name]["refusals"] and found[name]["ops"] == [] and found[name]["symbolic"] == []
+
+
+def test_aotinductor_compiles_the_launches(found):
+    package = found["package"]
+    names = [line.partition("(")[0].removeprefix("call_").rpartition("_")[0] for line in package["launched"]]
+    assert [name for name in names if not name.startswith("triton_")] == list(CASES["w4a4"][1])
+    assert len(package["loads"]) == len(package["launched"]) == len(package["cubins"])
+    assert set(package["cubins"].values()) == {b"\x7fELF".hex()} and not package["python"]
+    for line, name in zip(package["launched"], names, strict=True):
+        if name in ("gemm", "conv_kernel", "_dequantize_kernel"):
+            assert "weight_packed" in line and "weight_scale" in line and "weight_global_scale" in line
+        if not name.startswith("triton_"):
+            assert re.search(r"\bs\d+\b", line), line  # sizes and grid of a batch that is known when it runs
