@@ -1,4 +1,4 @@
-"""What `test_cuda_programs` looks at, found by a process that does not interpret: JSON, one entry a case."""
+"""What `test_program` looks at, found by a process that does not interpret: JSON, one entry a case."""
 
 import json
 import sys
@@ -9,9 +9,11 @@ from torch import nn
 from torch.export import Dim
 
 import fp4fx
-from tests.run import no_gpu
+from tests.kernels.triton import no_gpu
 
 TARGET = 90
+KEEP = {"always_keep_tensor_constants": True, "joint_graph_constant_folding": False}
+"""Options of Inductor that keep global scales in memory."""
 
 
 class Mixed(nn.Module):
@@ -27,8 +29,12 @@ class Mixed(nn.Module):
         return self.head(x.mean(-1))
 
 
-def linear(n):
-    return nn.Sequential(nn.Linear(256, 48), nn.SiLU()), torch.randn(n, 256).half()
+def head():
+    return nn.Sequential(nn.Linear(256, 48), nn.SiLU())
+
+
+def rows(n):
+    return torch.randn(n, 256).half()
 
 
 def tokens(n):
@@ -40,21 +46,19 @@ def image(n):
 
 
 BATCH = ({0: Dim("batch", max=512)},)
-CASES = {  # model, example, policy, dynamic shapes, batches to replay
-    "mixed": (Mixed, tokens(3), {}, BATCH, [tokens(3), tokens(6)]),
-    "w4a4": (Mixed, tokens(3), {"activations": "nvfp4"}, BATCH, [tokens(5)]),
-    "few rows": (lambda: linear(2)[0], linear(2)[1], {}, None, [linear(2)[1]]),
-    "many rows": (lambda: linear(200)[0], linear(200)[1], {}, BATCH, [linear(150)[1]]),
-    "transposed": (lambda: nn.ConvTranspose2d(32, 48, 4, 2, 1), image(2), {}, BATCH, [image(3)]),
-    "fp64": (lambda: nn.Linear(32, 32).double(), torch.randn(2, 32).double(), {}, None, []),
-    "dynamic image": (
-        lambda: nn.Conv2d(32, 32, 3),
-        image(2),
-        {},
-        ({2: Dim("height", min=4, max=64)},),
-        [],
-    ),
-}
+
+
+def cases():
+    """Of each: model, example, policy, dynamic shapes, batches to replay."""
+    return {
+        "mixed": (Mixed, tokens(3), {}, BATCH, [tokens(3), tokens(6)]),
+        "w4a4": (Mixed, tokens(3), {"activations": "nvfp4"}, BATCH, [tokens(5)]),
+        "few rows": (head, rows(2), {}, None, [rows(2)]),
+        "many rows": (head, rows(200), {}, BATCH, [rows(150)]),
+        "transposed": (lambda: nn.ConvTranspose2d(32, 48, 4, 2, 1), image(2), {}, BATCH, [image(3)]),
+        "fp64": (lambda: nn.Linear(32, 32).double(), torch.randn(2, 32).double(), {}, None, []),
+        "dynamic image": (lambda: nn.Conv2d(32, 32, 3), image(2), {}, ({2: Dim("height", min=4, max=64)},), []),
+    }
 
 
 def case(model, example, policy, shapes, batches, interpreter):
@@ -102,11 +106,10 @@ def main():
     torch.manual_seed(0)
     found, programs = {}, {}
     with no_gpu.interpreter() as interpreter:
-        for name, given in CASES.items():
+        for name, given in cases().items():
             found[name], programs[name] = case(*given, interpreter)
     no_gpu.told_about_a_gpu(TARGET)
-    keep = {"always_keep_tensor_constants": True, "joint_graph_constant_folding": False}
-    source, cubins = no_gpu.compiled(programs["w4a4"], **keep)
+    source, cubins = no_gpu.compiled(programs["w4a4"], **KEEP)
     found["package"] = {
         "launched": [line.strip() for line in source.splitlines() if line.startswith("    call_")],
         "loads": [line.strip() for line in source.splitlines() if "= loadKernel(" in line],

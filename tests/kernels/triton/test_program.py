@@ -1,6 +1,6 @@
 """The form "cuda" of exported programs: `triton_op`s, the launches in them, and what AOTInductor compiles of these.
 
-Kernels are compiled and launches traced by a process that does not interpret, `cuda_programs`; launches are replayed by
+Kernels are compiled and launches traced by a process that does not interpret, `programs`; launches are replayed by
 one that does.
 """
 
@@ -12,6 +12,10 @@ import sys
 
 import pytest
 import torch
+from torch.utils.cpp_extension import CUDA_HOME
+
+import fp4fx
+from tests.kernels.triton import programs
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +24,7 @@ def found(tmp_path_factory):
         pytest.skip("made for a machine without a GPU, which it pretends to have")
     cache = str(tmp_path_factory.mktemp("inductor"))
     env = {**os.environ, "TRITON_INTERPRET": "0", "TORCHINDUCTOR_CACHE_DIR": cache}
-    command = [sys.executable, "-m", "tests.run.cuda_programs"]
+    command = [sys.executable, "-m", "tests.kernels.triton.programs"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
@@ -51,7 +55,8 @@ def test_launches_of_a_program(found, name):
     assert set(case["cloned"]) <= {"out_ptr", "y_ptr", "packed_ptr", "scale_ptr"}  # results, no weight
     for replayed in case["launches"]:
         assert [kernel for kernel, _ in replayed] == list(launches)
-    assert max(case["errors"]) < 2e-3  # of fp16, for other batches than the example's too
+    limit = 3e-2 if name == "w4a4" else 2e-3  # fp16; a rounding before an activation's codes may change one of them
+    assert max(case["errors"]) < limit  # for other batches than the example's too
 
 
 def test_what_the_kernels_refuse_is_decoded(found):
@@ -71,3 +76,23 @@ def test_aotinductor_compiles_the_launches(found):
             assert "weight_packed" in line and "weight_scale" in line and "weight_global_scale" in line
         if not name.startswith("triton_"):
             assert re.search(r"\bs\d+\b", line), line  # sizes and grid of a batch that is known when it runs
+
+
+@pytest.mark.gpu
+def test_a_package_runs_on_the_gpu(tmp_path):
+    if not torch.cuda.is_available() or CUDA_HOME is None:
+        pytest.skip("needs a CUDA device, and the headers of CUDA")
+    torch.manual_seed(0)
+    policy = fp4fx.Policy(skip_first=0, skip_last=0, embeddings=True)
+    q = fp4fx.quantize(programs.Mixed().half(), policy).eval().cuda()
+    program = torch.export.export(q, (programs.tokens(3).cuda(),), dynamic_shapes=programs.BATCH)
+    package = torch._inductor.aoti_compile_and_package(
+        fp4fx.lower(program, "cuda", on_fallback="raise"),
+        package_path=str(tmp_path / "model.pt2"),
+        inductor_configs=programs.KEEP,
+    )
+    model = torch._inductor.aoti_load_package(package)
+    for n in (3, 6):
+        x = programs.tokens(n).cuda()
+        expected = q(x)
+        torch.testing.assert_close(model(x), expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
