@@ -1,7 +1,9 @@
 """Kernels in Triton for NVIDIA GPUs from sm_80 on: the packed weight is decoded on its way into the product.
 
 They read canonical bytes, so that a model moves between devices without a change of layout. `codec.py` holds what they
-share; `tuning.py` says which tile a product gets. Importing this package does not import Triton.
+share; `tuning.py` says which tile a product gets; `program.py` has the ops of programs for AOTInductor, for whose sake
+kernels call functions by their own names, not through a module: Inductor copies the sources of those. Importing this
+package does not import Triton.
 """
 
 from __future__ import annotations

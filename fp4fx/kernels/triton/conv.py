@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fp4fx.errors import LayoutError
 from fp4fx.kernels.triton import tuning
-from fp4fx.kernels.triton.conv_geometry import Geometry, geometry
+from fp4fx.kernels.triton.conv_geometry import Geometry, geometry, side_by_side
 from fp4fx.kernels.triton.conv_kernels import conv_kernel, sum_kernel
 from fp4fx.kernels.triton.launch import address, device_of, in_memory, launcher
 from fp4fx.kernels.triton.variant import FUSED, Variant
@@ -103,14 +103,6 @@ def _walk(
     return tile._replace(block_k=block_k, block_n=block_n), flat, triton.cdiv(line, block_k) * lines
 
 
-def _pairs(pixels: Tensor, channels: int) -> int:
-    """How many values of x [B, *spatial, C] lie side by side at an aligned place: 0, 2, 4 or 8."""
-    lead = zip(pixels.stride()[:-1], pixels.shape[:-1], strict=True)
-    strides = [s if isinstance(s, int) else 1 for s, n in lead if not known_equal(n, 1)]
-    unit = math.gcd(channels, *strides, address(pixels) // 2, 8)
-    return unit if pixels.element_size() == 2 and unit > 1 else 0
-
-
 def _named(prefix: str, values: Sequence[int]) -> dict[str, int]:
     """One value for each of the three axes, 0 for those that are missing in front."""
     return {f"{prefix}{i}": value for i, value in enumerate((*(0,) * (3 - len(values)), *values))}
@@ -131,7 +123,7 @@ def _calls(t: _Product, y: Tensor, g: Geometry, family: str, parts: int | None =
     if quantized or (pixels.stride(-1) != 1 and t.in_channels > 1):
         pixels = pixels.contiguous()
     pixels = g.near(pixels)
-    pairs = 0 if quantized else _pairs(pixels, channels)
+    pairs = 0 if quantized else side_by_side(pixels, channels)
     unit = pixels.shape[-1] if quantized else 2 if pairs else 1
     places = zip(pixels.stride()[:-1], pixels.shape, strict=False)
     x_image, *x_strides = (0 if known_equal(n, 1) else s // unit for s, n in places)

@@ -10,6 +10,8 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from fp4fx.errors import LayoutError
+from fp4fx.kernels.triton.launch import address
+from fp4fx.sizes import known_equal
 
 Axes = tuple[int, int, int]
 _T = TypeVar("_T")
@@ -125,3 +127,11 @@ def geometry(
 def _axes(values: Sequence[_T], fill: _T) -> tuple[_T, _T, _T]:
     first, second, third = (*(fill,) * (3 - len(values)), *values)
     return first, second, third
+
+
+def side_by_side(pixels: Tensor, channels: int) -> int:
+    """How many values of x [B, *spatial, C] lie side by side at an aligned place: 0, 2, 4 or 8."""
+    lead = zip(pixels.stride()[:-1], pixels.shape[:-1], strict=True)
+    strides = [s if isinstance(s, int) else 1 for s, n in lead if not known_equal(n, 1)]
+    unit = math.gcd(channels, *strides, address(pixels) // 2, 8)
+    return unit if pixels.element_size() == 2 and unit > 1 else 0

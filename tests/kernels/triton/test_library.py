@@ -1,5 +1,8 @@
 """The ops `fp4fx_triton::*` and how they are chosen; whole graphs through the interpreter where there is no GPU."""
 
+import dis
+import inspect
+import pkgutil
 from dataclasses import replace
 from importlib import import_module
 
@@ -83,6 +86,19 @@ def test_ops_of_programs_have_the_bits_of_the_others(device):
             assert torch.equal(a, b) and a.stride() == b.stride()
         mine, theirs = str(program.op(name)._schema), str(library.op(name)._schema)
         assert mine.replace(", *, int target", "") == theirs.replace("fp4fx_triton::", "fp4fx_cuda::")
+
+
+def test_kernels_call_functions_by_their_names():
+    """Inductor copies the sources of these, and finds none through a module."""
+    kernels = 0
+    for module in pkgutil.iter_modules(triton.__path__, f"{triton.__name__}."):
+        for value in vars(import_module(module.name)).values():
+            if type(value).__name__ in ("JITFunction", "InterpretedFunction"):
+                names = {i.argval for i in dis.get_instructions(value.fn) if i.opname == "LOAD_GLOBAL"}
+                found = [value.fn.__globals__.get(name) for name in names]
+                assert [m for m in found if inspect.ismodule(m) and m.__name__.startswith("fp4fx")] == [], value
+                kernels += 1
+    assert kernels > 30
 
 
 def test_fakes(device):
