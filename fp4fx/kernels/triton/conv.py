@@ -299,10 +299,8 @@ def _pointwise(t: _Product, dtype: torch.dtype | None, family: str | None) -> Te
 
     x = t.x if t.x_scale is not None else t.x.movedim(1, -1)
     residual = None if t.residual is None else t.residual.movedim(1, -1)
-    follows = (t.channel_scale, residual, t.activation, t.compute)
-    x_scales = (t.x_scale, t.x_global_scale, dtype)
-    weight = (t.packed, t.scale, t.global_scale, t.bias, t.in_channels)
-    return linear(x, *weight, *x_scales, *follows, family=family)
+    return linear(x, t.packed, t.scale, t.global_scale, t.bias, t.in_channels, t.x_scale, t.x_global_scale, dtype,
+                  t.channel_scale, residual, t.activation, t.compute, family=family)  # fmt: skip
 
 
 # --- ahead of time ----------------------------------------------------------------------------------------------------
