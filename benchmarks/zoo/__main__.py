@@ -134,6 +134,7 @@ def main() -> None:
         todo.sort(key=places(known).__getitem__)
         with DONE.open("a", encoding="utf-8") as file:
             for row in all_rows(step, todo, args):
+                row["date"] = strftime("%Y-%m-%d")
                 rows[row["step"], row["source"]] = row
                 file.write(json.dumps(row) + "\n")
                 file.flush()

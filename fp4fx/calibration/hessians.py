@@ -137,17 +137,16 @@ def round_site(job: Job, method: Method, site: Site, statistics: Statistics, sol
             return
         codes[rows, :k] = solved.flatten(0, 1)
         del hessian, solved
-    learned = nvfp4.pack(codes)
-    plain, after = (
-        statistics.error(dense, nvfp4.dequantize_rows(found, scales, q.global_scale, k, torch.float32))
-        for found in (packed, learned)
+    (plain, *nearest), (after, *learned) = (
+        statistics.unbiased(dense, found, scales, q.global_scale) for found in (packed, nvfp4.pack(codes))
     )
     if min(plain, after) > (1 - GAIN) * before:
         job.record(
             method, site, f"kept: {method.name} has an error of {after:.2e}, rounding one of {plain:.2e}", before
         )
         return
-    job.write(site, learned if after < plain else packed, q.scale, q.global_scale)
+    chosen, g = learned if after < plain else nearest
+    job.write(site, chosen, q.scale, g)
     reason = (
         f"codes of {method.name}" if after < plain else f"nearest values: {method.name} has an error of {after:.2e}"
     )
@@ -232,12 +231,28 @@ class Statistics:
 
     def error(self, wanted: Tensor, found: Tensor) -> float:
         """Rows fp32 [N, K] twice -> ‖(found - wanted) · x‖² / ‖wanted · x‖² on the inputs kept for it."""
-        noise = signal = 0.0
+        signal, along, power = self._products(wanted, found)
+        return (signal - 2 * along + power) / signal if signal else float(power > 0)
+
+    def unbiased(
+        self, wanted: Tensor, packed: Tensor, scales: Tensor, global_scale: Tensor
+    ) -> tuple[float, Tensor, Tensor]:
+        """Codes of the rows wanted -> their error, themselves, and g with which outputs are as large as wanted.
+
+        Least squares shrink: without that factor every layer takes a little off what goes on to the next.
+        """
+        found = nvfp4.dequantize_rows(packed, scales, global_scale, wanted.shape[1], torch.float32)
+        signal, along, _ = self._products(wanted, found)
+        factor = signal / along if along > 0 and 0.5 <= signal / along <= 2 else 1.0
+        return self.error(wanted, found * factor), packed, global_scale * factor
+
+    def _products(self, wanted: Tensor, found: Tensor) -> tuple[float, float, float]:
+        """‖y‖², <y, z> and ‖z‖² of the outputs y and z of two weights fp32 [N, K]."""
+        sums = [0.0, 0.0, 0.0]
         for start, part in self.parts.items():
             x = torch.cat(part.measured, 1)
             rows, shape = slice(start, start + part.rows), (len(x), -1)
-            y = x @ torch.unflatten(wanted[rows], 0, shape).mT
-            signal += y.square_().sum().item()
-            y = x @ torch.unflatten(found[rows] - wanted[rows], 0, shape).mT
-            noise += y.square_().sum().item()
-        return noise / signal if signal else float(noise > 0)
+            y, z = ((x @ torch.unflatten(t[rows], 0, shape).mT).double() for t in (wanted, found))
+            for i, (a, b) in enumerate(((y, y), (y, z), (z, z))):
+                sums[i] += float((a * b).sum())
+        return sums[0], sums[1], sums[2]

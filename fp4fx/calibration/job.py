@@ -15,7 +15,7 @@ from fp4fx.calibration.data import Batches, forward
 from fp4fx.calibration.record import Calibration, Step, calibration_of, remember_calibration
 from fp4fx.kernels import encoding
 from fp4fx.observe import Call, observe
-from fp4fx.packed import PARTS, Packed, PackedSpec, plan_of
+from fp4fx.packed import PARTS, Packed, PackedSpec, encode, plan_of
 from fp4fx.site import Site
 
 _SMOOTHED = "_fp4fx_smoothed"
@@ -166,7 +166,16 @@ class Job:
         rows = rows.reshape(*self.stored(site)[1].shape[:-1], -1)
         return encoding.quantize(rows, scale_rule=rule, block=block)
 
-    def write(self, site: Site, packed: Tensor, scale: Tensor, global_scale: Tensor) -> None:
+    def encode(self, site: Site) -> None:
+        """Put the weight as it is now into the packed parameter, by the rule that it was packed by."""
+        spec = self.spec(site)
+        dense = nvfp4.from_rows(self.weight(site), spec.shape, spec.order, spec.groups)
+        q, _ = encode(dense, spec, site.parameter)
+        self.write(site, q.packed, q.scale, q.global_scale, spec.scale_rule)
+
+    def write(
+        self, site: Site, packed: Tensor, scale: Tensor, global_scale: Tensor, scale_rule: str | None = None
+    ) -> None:
         """Put new parts, of any shape that holds as many bytes, into a packed parameter, in place."""
         for buffer, new in zip(self.stored(site), (packed, scale, global_scale), strict=True):
             buffer.copy_(new.reshape(buffer.shape))
@@ -175,7 +184,7 @@ class Job:
             path, _, attribute = name.rpartition(".")
             module = self.model.get_submodule(path)
             assert isinstance(module, Packed)
-            spec = replace(module.nvfp4[attribute], sqnr=sqnr, scale_rule=self.rule(site))
+            spec = replace(module.nvfp4[attribute], sqnr=sqnr, scale_rule=scale_rule or self.rule(site))
             module.nvfp4 = {**module.nvfp4, attribute: spec}
 
     @cached_property

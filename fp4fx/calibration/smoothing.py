@@ -112,8 +112,7 @@ class Smoothing:
             setattr(module, attribute, nn.Parameter(new, old.requires_grad))
         job.smooth(vectors)
         for site, error, best in zip(group, before, after, strict=True):
-            q = job.encoded(site, job.weight(site))
-            job.write(site, q.packed, q.scale, q.global_scale)
+            job.encode(site)
             reason = f"channels to the power {power:g}, absorbed by {names[0].rpartition('.')[0]}"
             job.record(self, site, reason, error, best, changed=True)
 

@@ -71,7 +71,7 @@ def test_a_block_learns_from_the_output_of_the_original(make, shape, block, name
     fp4fx.calibrate(qmodel, batches, reference=model, methods=[method])
     learned = {s.parameter for s in steps(qmodel).values() if s.reason.startswith("learned with")}
     assert {name.removesuffix(".weight").removesuffix("_weight") for name in learned} == names
-    assert error(qmodel, model, fresh) < 0.9 * before
+    assert error(qmodel, model, fresh) < 0.97 * before
     assert all(s.after < s.before for s in steps(qmodel).values() if s.changed)
 
 
