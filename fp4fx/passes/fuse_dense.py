@@ -18,8 +18,6 @@ from fp4fx.pipeline import Context, aten_name, op_name
 from fp4fx.target import onednn_computes
 
 log = logging.getLogger(__name__)
-_convolution = torch.ops.mkldnn._convolution_pointwise.default
-_reorder = torch.ops.mkldnn._reorder_convolution_weight.default
 
 
 def fuse_dense(gm: GraphModule, ctx: Context) -> int:
@@ -50,7 +48,8 @@ def fuse_dense(gm: GraphModule, ctx: Context) -> int:
     weights = take_out(gm, ctx, {node.name: arguments(node)[1] for node in chosen}, order)
     for node, weight in zip(chosen, weights, strict=True):
         x, _, bias, *_ = arguments(node)
-        call = emit(gm, _convolution, (x, weight, bias, *_geometry(node), "none", [], ""), like=node)
+        convolution = torch.ops.mkldnn._convolution_pointwise.default  # which a build without oneDNN has not
+        call = emit(gm, convolution, (x, weight, bias, *_geometry(node), "none", [], ""), like=node)
         substitute(node, call)
         gm.graph.erase_node(node)
     return len(chosen)
@@ -76,7 +75,8 @@ def _count_padding(gm: GraphModule, node: Node) -> None:
 
 def _ordered(weights: tuple[Tensor, ...], *, calls: list[tuple[Geometry, list[int]]]) -> tuple[Tensor, ...]:
     """The weights as the library reads them, for an x of these shapes."""
-    return tuple(_reorder(weight, *geometry, shape) for weight, (geometry, shape) in zip(weights, calls, strict=True))
+    reorder = torch.ops.mkldnn._reorder_convolution_weight.default
+    return tuple(reorder(weight, *geometry, shape) for weight, (geometry, shape) in zip(weights, calls, strict=True))
 
 
 def _objection(node: Node, constant: set[Node]) -> str:

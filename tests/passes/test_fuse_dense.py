@@ -1,7 +1,9 @@
 """Convolutions that stay dense run on oneDNN's op, into which Inductor draws what follows."""
 
+import importlib.util
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,6 +129,18 @@ def test_what_is_left_alone_has_a_reason(case, caplog):
     assert g.count("aten.conv2d") == 1
     (told,) = (r.getMessage() for r in caplog.records if r.name == fuse_dense.__module__)
     assert re.search(f"^conv2d\\w* stays aten.conv2d: {LEFT[case]}", told)
+
+
+def test_a_torch_without_onednn(monkeypatch, caplog):
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    spec = importlib.util.find_spec(fuse_dense.__module__)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    first, dense = conv(nn.Conv2d, 16, 16, 1), nn.Conv2d(16, 16, 3, groups=16)
+    g = Captured(lambda x: dense(first(x)), X)
+    caplog.set_level(logging.DEBUG, logger=module.__name__)
+    assert g.apply(*BEFORE[:-1], module.fuse_dense) == 0 and g.count("aten.conv2d") == 1
+    assert "oneDNN does not compute in torch.float32 here" in caplog.text
 
 
 def test_a_gradient_freezing_and_a_graph_without_fused_ops():
