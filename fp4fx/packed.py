@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fp4fx import nvfp4, ops  # noqa: F401  (ops defines torch.ops.fp4fx)
 from fp4fx.capture import symbolically_traced
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
 PARTS = ("packed", "scale", "global_scale")
 INPUT_SCALE = "input_global_scale"
 _PLAN = "_fp4fx_plan"
-_SOURCE = "_fp4fx_source"
 _DECODED: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 """What was last decoded from the codes of this id, while somebody holds it."""
+_SOURCE = WeakTensorKeyDictionary()
+"""Of those in `_DECODED` that were assigned over: the parts and the spec that they were decoded from."""
 
 Activations = Literal["nvfp4", "nvfp4-static"] | None
 
@@ -79,7 +81,7 @@ class Packed(nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assigning a dense tensor to a packed parameter encodes it; one decoded from it gives the old codes back."""
+        """Assigning a dense tensor to a packed parameter encodes it; what was decoded before brings its codes back."""
         spec = self.__dict__.get("nvfp4", {}).get(name)
         if spec is None:
             super().__setattr__(name, value)
@@ -91,7 +93,7 @@ class Packed(nn.Module):
         parts, new = _decoded_from(value, spec) or _encoded(value, spec, name)
         decoded = _DECODED.get(id(before[0]))
         if decoded is not None:  # it may come back, as what `functional_call` took out does
-            setattr(decoded, _SOURCE, (tuple(t.clone() for t in before), spec))
+            _SOURCE[decoded] = tuple(t.clone() for t in before), spec
         with torch.no_grad():
             for buffer, part in zip(before, parts, strict=True):
                 buffer.copy_(part)
@@ -175,10 +177,12 @@ def _decoded_from(value: Tensor, spec: PackedSpec) -> tuple[tuple[Tensor, ...], 
 
     None if there was no assignment since, or if it is no longer what they decode to.
     """
-    parts, of = getattr(value, _SOURCE, ((), spec))
-    if not parts or (of.order, of.groups, of.block) != (spec.order, spec.groups, spec.block):
+    source: tuple[tuple[Tensor, ...], PackedSpec] | None = _SOURCE.get(value)
+    if source is None or value.is_meta:
         return None
-    return (parts, replace(spec, sqnr=of.sqnr)) if torch.equal(_decode(parts, of), value) else None
+    parts, of = source
+    alike = (of.order, of.groups, of.block) == (spec.order, spec.groups, spec.block)
+    return (parts, replace(spec, sqnr=of.sqnr)) if alike and torch.equal(_decode(parts, of), value) else None
 
 
 def _encoded(value: Tensor, spec: PackedSpec, name: str) -> tuple[tuple[Tensor, ...], PackedSpec]:

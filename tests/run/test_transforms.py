@@ -1,5 +1,6 @@
 """What torch.func and torch.fx do to a module, done to a quantized one."""
 
+import io
 import warnings
 
 import pytest
@@ -89,6 +90,21 @@ def test_a_decoded_weight_that_has_changed_is_encoded():
     q.weight_packed.zero_()
     q.weight = weight
     assert (q.weight - weight).norm() < 0.2 * weight.norm()
+
+
+def test_functional_call_with_a_dense_weight_on_meta():
+    q = fp4fx.quantize(nn.Linear(40, 8), ALL).to("meta")
+    dense, x = (torch.empty(n, 40, device="meta") for n in (8, 2))
+    assert functional_call(q, {"weight": dense}, (x,)).shape == (2, 8)
+
+
+def test_a_decoded_weight_that_was_assigned_over_is_a_plain_tensor():
+    q = fp4fx.quantize(nn.Linear(40, 8), ALL)
+    weight = q.weight
+    q.weight = torch.randn(8, 40)
+    torch.save(weight, file := io.BytesIO())
+    file.seek(0)
+    assert torch.equal(torch.load(file), weight)  # weights_only: tensors and nothing else
 
 
 @pytest.mark.parametrize("policy", [ALL, W4A4], ids=["w4a16", "w4a4"])
