@@ -35,11 +35,12 @@ def balanced(rows: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor, 
     Blocks that are NaN and values that are not finite stay.
     """
     n, k = rows.shape
+    rows = rows.float()
     codes = unpack(packed)[:, :k]
     below = codes & 7
     place = torch.where(codes > _ZERO, _ZERO - below.int(), _ZERO + below.int())
     s = torch.where(scale == E4M3_NAN, 0.0, decode_e4m3(scale)).mul(512).int().repeat_interleave(BLOCK, -1)[:, :k]
-    w = (rows.float() / global_scale * 1024).round()
+    w = (rows / global_scale * 1024).round()
     w = torch.where((s > 0) & rows.isfinite(), w.nan_to_num(0.0, 0.0, 0.0).int(), _doubled(place) * s)
     moved = place
     if taps > 1:
