@@ -73,7 +73,7 @@ def lower(
             `fp4fx.kernels.cpu.build.library()`, in C++ too. "cuda" has the Triton kernels as `triton_op`s
             `fp4fx_cuda::`, and ATen ops where these refuse; AOTInductor compiles them into its package, which then
             needs neither Python nor fp4fx. Schedules and tiles are those of the example's sizes where a size is
-            dynamic.
+            dynamic. Whoever saves it calls `fp4fx.kernels.triton.program.load()` before `torch.export.load`.
         target: for "cuda", the compute capability of the GPU times ten (90 on Hopper); None: that of the current one.
         on_fallback: what to do about a layer that the kernels refuse: log it, or raise.
 
@@ -137,7 +137,13 @@ def _fuse(gm: GraphModule, choice: tuple[Kernel, Target | None] | None, refusals
         if kernel is wanted:
             kernel.lower(node)
         else:
-            device = capture.value(capture.arguments(node)[0]).device.type
-            why = reasons or (f"{wanted.name}: it has no {name} on {device}",)
+            why = reasons or (_no_choice(wanted, name, capture.value(capture.arguments(node)[0]).device.type),)
             refusals.extend(f"fp4fx::{name} ({node.name}): {reason}" for reason in why)
     gm.recompile()
+
+
+def _no_choice(kernel: Kernel, name: str, device: str) -> str:
+    """Why an op had no choice to be run by a kernel."""
+    if name not in kernel.ops:
+        return f"{kernel.name}: it has no {name}"
+    return f"{kernel.name}: found a model on {device}, expected {kernel.device}; move it there before torch.export"

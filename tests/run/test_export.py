@@ -133,7 +133,9 @@ def test_what_is_asked_for_is_checked():
         fp4fx.lower(nn.Linear(3, 4), "portable")
     with pytest.raises(fp4fx.BackendError, match="found target=90 with to='cpu', only 'cuda' is for a target"):
         fp4fx.lower(program, "cpu", target=90)
-    with pytest.raises(fp4fx.FallbackError, match=r"fp4fx::linear \(\w+\): triton: it has no linear on cpu"):
+    with pytest.raises(
+        fp4fx.FallbackError, match=r"fp4fx::linear \(\w+\): triton: found a model on cpu, expected cuda; move"
+    ):
         fp4fx.lower(program, "cuda", target=90, on_fallback="raise")
     if not torch.cuda.is_available():
         with pytest.raises(fp4fx.BackendError, match="found no GPU; pass target="):

@@ -35,9 +35,18 @@ def _lower(node: Node, *, target: int) -> None:
     node.kwargs = {**node.kwargs, "target": target}
 
 
+def load() -> None:
+    """Define all `torch.ops.fp4fx_cuda`, which `torch.export.load` needs for a program that was saved with them.
+
+    Importing fp4fx does not, for it takes Triton and the seconds of its import.
+    """
+    for name in triton.OPS:
+        op(name)
+
+
 @functools.cache
 def op(name: str) -> OpOverload:
-    """`torch.ops.fp4fx_cuda.<name>`, which whoever loads a program that was saved with it has to ask for before."""
+    """`torch.ops.fp4fx_cuda.<name>`, defined by the first call."""
     from fp4fx.kernels.triton import library, tuning  # noqa: PLC0415  (which import Triton)
 
     like: Any = getattr(torch.ops.fp4fx, name).default

@@ -9,6 +9,8 @@ from torch import nn
 from torch.export import Dim
 
 import fp4fx
+from fp4fx.kernels.triton import program
+from fp4fx.packed import PARTS
 from tests.kernels.triton import no_gpu
 
 TARGET = 90
@@ -100,8 +102,22 @@ def case(model, example, policy, shapes, batches, interpreter):
     return found, lowered
 
 
+class Op(nn.Module):
+    """A call of an op of the form "cuda", which can be saved where a model on CUDA cannot."""
+
+    def __init__(self):
+        super().__init__()
+        q = fp4fx.nvfp4.quantize(torch.randn(16, 32))
+        for name in PARTS:
+            self.register_buffer(name, getattr(q, name))
+
+    def forward(self, x):
+        return program.op("linear")(x, self.packed, self.scale, self.global_scale, None, 32, target=TARGET)
+
+
 def main():
-    """Of all cases, and the package of one."""
+    """Of all cases, and the package of one; a program is saved where the argument says."""
+    torch.export.save(torch.export.export(Op(), (torch.randn(2, 32),)), sys.argv[1])
     no_gpu.compiles_for(TARGET)
     torch.manual_seed(0)
     found, programs = {}, {}

@@ -22,12 +22,16 @@ from tests.kernels.triton import programs
 def found(tmp_path_factory):
     if torch.cuda.is_available():
         pytest.skip("made for a machine without a GPU, which it pretends to have")
+    saved = str(tmp_path_factory.mktemp("programs") / "op.pt2")
+    return {"saved": saved, **json.loads(output_of(tmp_path_factory, "-m", "tests.kernels.triton.programs", saved))}
+
+
+def output_of(tmp_path_factory, *arguments):
     cache = str(tmp_path_factory.mktemp("inductor"))
     env = {**os.environ, "TRITON_INTERPRET": "0", "TORCHINDUCTOR_CACHE_DIR": cache}
-    command = [sys.executable, "-m", "tests.kernels.triton.programs"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 CASES = {  # ops, launches, whether the grid of each has a symbolic size
@@ -63,6 +67,16 @@ def test_what_the_kernels_refuse_is_decoded(found):
     reasons = {"fp64": "found torch.float64", "dynamic image": "the height or width of the image is dynamic"}
     for name, reason in reasons.items():
         assert reason in found[name]["refusals"] and found[name]["ops"] == [] and found[name]["symbolic"] == []
+
+
+def test_a_saved_program_is_loaded_where_its_ops_are_defined(found, tmp_path_factory):
+    lines = (
+        "import sys, torch",
+        "from fp4fx.kernels.triton import program",
+        "program.load()",
+        "print([str(node.target) for node in torch.export.load(sys.argv[1]).graph.nodes])",
+    )
+    assert "fp4fx_cuda.linear.default" in output_of(tmp_path_factory, "-c", "\n".join(lines), found["saved"])
 
 
 def test_aotinductor_compiles_the_launches(found):
