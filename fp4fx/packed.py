@@ -8,7 +8,7 @@ stays what it was.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakValueDictionary
@@ -32,7 +32,7 @@ INPUT_SCALE = "input_global_scale"
 _PLAN = "_fp4fx_plan"
 _DECODED: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 """What was last decoded from the codes of this id, while somebody holds it."""
-_SOURCE = WeakTensorKeyDictionary()
+_SOURCE: MutableMapping[Tensor, tuple[tuple[Tensor, ...], PackedSpec]] = WeakTensorKeyDictionary()
 """Of those in `_DECODED` that were assigned over: the parts and the spec that they were decoded from."""
 
 Activations = Literal["nvfp4", "nvfp4-static"] | None
@@ -177,7 +177,7 @@ def _decoded_from(value: Tensor, spec: PackedSpec) -> tuple[tuple[Tensor, ...], 
 
     None if there was no assignment since, or if it is no longer what they decode to.
     """
-    source: tuple[tuple[Tensor, ...], PackedSpec] | None = _SOURCE.get(value)
+    source = _SOURCE.get(value)
     if source is None or value.is_meta:
         return None
     parts, of = source

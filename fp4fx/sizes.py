@@ -23,7 +23,9 @@ def estimate(n: int | torch.SymInt) -> int:
     """A size, or what a symbolic one was when it was captured, without a guard: to choose by, not to compute with."""
     if isinstance(n, int):
         return n
-    from torch.fx.experimental.symbolic_shapes import optimization_hint
+    if n.node.hint is not None:
+        return int(n.node.hint)
+    from torch.fx.experimental.symbolic_shapes import optimization_hint  # which older versions of torch do not have
 
     return int(optimization_hint(n))
 
