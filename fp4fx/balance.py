@@ -44,7 +44,7 @@ def balanced(rows: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor, 
     w = torch.where((s > 0) & rows.isfinite(), w.nan_to_num(0.0, 0.0, 0.0).int(), _doubled(place) * s)
     moved = place
     if taps > 1:
-        w_, moved, s_ = (t.reshape(n, taps, -1).transpose(1, 2) for t in (w, moved, s))
+        w_, moved, s_ = (t.reshape(n, taps, k // taps).transpose(1, 2) for t in (w, moved, s))
         moved = _moved(w_, moved, s_, CHANNEL).transpose(1, 2).reshape(n, k)
     moved = _moved(w, moved, s, ROW)
     there = torch.where(moved < _ZERO, 2 * _ZERO + 1 - moved, moved - _ZERO).to(torch.uint8)

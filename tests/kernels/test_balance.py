@@ -109,6 +109,16 @@ def test_all_ways_to_encode_agree(shape, chunk, cpu_ops, monkeypatch):
     assert torch.equal(ones.packed, expected.packed) and ones.global_scale == expected.global_scale
 
 
+def test_no_rows_and_values_that_fp32_cannot_hold(cpu_ops):
+    w = torch.randn(6, 4, 3, 3, dtype=torch.float64)
+    w[0, 0, 0, 0] = 1e60  # Inf, which keeps its code
+    for part in (w, w[:0]):
+        expected, found = (e.quantize(part, scale_rule="unbiased", order="conv") for e in (nvfp4, encoding))
+        parts = torch.ops.fp4fx.quantize(part, order="conv", scale_rule="unbiased")
+        for other in ((found.packed, found.scale, found.global_scale), parts):
+            assert all(map(torch.equal, other, (expected.packed, expected.scale, expected.global_scale)))
+
+
 def test_only_a_convolution_is_balanced():
     w = torch.randn(8, 48)
     searched = nvfp4.quantize(w, scale_rule="search")
