@@ -107,6 +107,8 @@ def _choice(to: Form, target: int | None) -> tuple[Kernel, Target | None] | None
         if target is not None:
             raise BackendError(f"lower: found target={target!r} with to={to!r}, only 'cuda' is for a target")
         return None if to != "cpu" else (cpu.KERNEL, None)
+    if target is not None and (not isinstance(target, int) or target < 10):
+        raise BackendError(f"lower: found target={target!r}, expected a compute capability times ten (90: Hopper)")
     found = target_of(torch.device("cuda"))
     capability = found.capability if target is None else target
     if capability is None:

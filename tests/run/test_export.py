@@ -137,6 +137,9 @@ def test_what_is_asked_for_is_checked():
         fp4fx.FallbackError, match=r"fp4fx::linear \(\w+\): triton: found a model on cpu, expected cuda; move"
     ):
         fp4fx.lower(program, "cuda", target=90, on_fallback="raise")
+    for target in (9, 9.0, "sm_90"):
+        with pytest.raises(fp4fx.BackendError, match=f"found target={target!r}, expected a compute capability times"):
+            fp4fx.lower(program, "cuda", target=target)
     if not torch.cuda.is_available():
         with pytest.raises(fp4fx.BackendError, match="found no GPU; pass target="):
             fp4fx.lower(program, "cuda")
