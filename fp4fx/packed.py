@@ -90,10 +90,10 @@ class Packed(nn.Module):
             found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise PlanError(f"{type(self).__name__}.{name}: found {found}, expected a tensor of shape {spec.shape}")
         before = tuple(self.get_buffer(f"{name}_{part}") for part in PARTS)
-        parts, new = _decoded_from(value, spec) or _encoded(value, spec, name)
         decoded = _DECODED.get(id(before[0]))
-        if decoded is not None:  # it may come back, as what `functional_call` took out does
+        if decoded is not None and decoded not in _SOURCE:  # it may come back, as what `functional_call` took out does
             _SOURCE[decoded] = tuple(t.clone() for t in before), spec
+        parts, new = _decoded_from(value, spec) or _encoded(value, spec, name)
         with torch.no_grad():
             for buffer, part in zip(before, parts, strict=True):
                 buffer.copy_(part)
@@ -175,7 +175,7 @@ def _decode(parts: tuple[Any, ...], spec: PackedSpec) -> Tensor:
 def _decoded_from(value: Tensor, spec: PackedSpec) -> tuple[tuple[Tensor, ...], PackedSpec] | None:
     """The parts that `value` was decoded from before an assignment, so that it is not rounded twice.
 
-    None if there was no assignment since, or if it is no longer what they decode to.
+    None if it was not decoded here, or is no longer what they decode to.
     """
     source = _SOURCE.get(value)
     if source is None or value.is_meta:

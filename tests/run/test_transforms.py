@@ -77,6 +77,8 @@ def test_functional_call_with_a_dense_weight_encodes_it_for_that_call():
     assert torch.equal(functional_call(q, {"weight": dense}, (x,)), expected(x))
     assert all(torch.equal(before[name], t) for name, t in q.state_dict().items())  # not encoded a second time
     assert q.nvfp4["weight"].sqnr == sqnr
+    q.weight = q.weight
+    assert all(torch.equal(before[name], t) for name, t in q.state_dict().items())
 
 
 def test_a_decoded_weight_that_has_changed_is_encoded():
