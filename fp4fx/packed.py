@@ -35,6 +35,11 @@ _DECODED: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 _SOURCE: MutableMapping[Tensor, tuple[tuple[Tensor, ...], PackedSpec]] = WeakTensorKeyDictionary()
 """Of those in `_DECODED` that were assigned over: the parts and the spec that they were decoded from."""
 
+_HOW = "nvfp4"
+How = tuple[tuple[int, ...], str, Order, int, Compute]
+"""What a packed parameter decodes to: shape, name of the dtype, order, groups, compute. Kept as `weight_nvfp4` beside
+the specs: Dynamo guards every field of a spec, but of a tuple of numbers and strings only that the module holds it."""
+
 Activations = Literal["nvfp4", "nvfp4-static"] | None
 
 
@@ -85,6 +90,8 @@ class Packed(nn.Module):
         spec = self.__dict__.get("nvfp4", {}).get(name)
         if spec is None:
             super().__setattr__(name, value)
+            for parameter, new in value.items() if name == "nvfp4" else ():
+                setattr(self, f"{parameter}_{_HOW}", _how(new))
             return
         if not isinstance(value, Tensor) or tuple(value.shape) != spec.shape:
             found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -148,6 +155,8 @@ class Packed(nn.Module):
 
 
 def _computed(name: str) -> property:
+    how = f"{name}_{_HOW}"
+
     def get(self: Packed) -> Tensor:
         if symbolically_traced():
             base = type(self).__bases__[1].__name__
@@ -155,8 +164,8 @@ def _computed(name: str) -> property:
                 f"{type(self).__name__}.{name}: found a symbolic trace, in which a decoded weight would become a dense "
                 f"constant; expected a tracer whose is_leaf_module keeps {base} whole; or use torch.export.export"
             )
-        parts, spec = tuple(self._buffers[f"{name}_{part}"] for part in PARTS), self.nvfp4[name]
-        decoded = _decode(parts, spec)
+        parts = tuple(self._buffers[f"{name}_{part}"] for part in PARTS)
+        decoded = _decode(parts, getattr(self, how))
         if not torch.compiler.is_compiling():
             _DECODED[id(parts[0])] = decoded
         return decoded
@@ -166,9 +175,14 @@ def _computed(name: str) -> property:
     )
 
 
-def _decode(parts: tuple[Any, ...], spec: PackedSpec) -> Tensor:
-    how = spec.shape, spec.dtype, spec.order, spec.groups, spec.compute
-    decoded: Tensor = torch.ops.fp4fx.dequantize.default(*parts, *how)
+def _how(spec: PackedSpec) -> How:
+    """What the getter of a parameter reads, in place of its spec."""
+    return tuple(spec.shape), str(spec.dtype).removeprefix("torch."), spec.order, spec.groups, spec.compute
+
+
+def _decode(parts: tuple[Any, ...], how: How) -> Tensor:
+    shape, dtype, order, groups, compute = how
+    decoded: Tensor = torch.ops.fp4fx.dequantize.default(*parts, shape, getattr(torch, dtype), order, groups, compute)
     return decoded
 
 
@@ -182,7 +196,7 @@ def _decoded_from(value: Tensor, spec: PackedSpec) -> tuple[tuple[Tensor, ...], 
         return None
     parts, of = source
     alike = (of.order, of.groups, of.block) == (spec.order, spec.groups, spec.block)
-    return (parts, replace(spec, sqnr=of.sqnr)) if alike and torch.equal(_decode(parts, of), value) else None
+    return (parts, replace(spec, sqnr=of.sqnr)) if alike and torch.equal(_decode(parts, _how(of)), value) else None
 
 
 def _encoded(value: Tensor, spec: PackedSpec, name: str) -> tuple[tuple[Tensor, ...], PackedSpec]:
@@ -293,13 +307,13 @@ def pack(
         PlanError: the module already has an attribute of a name that a buffer needs.
     """
     own = ("nvfp4", "nvfp4_activations", "nvfp4_activation_rule")
-    needed = [*own, *(f"{name}_{part}" for name in stored for part in PARTS)]
+    needed = [*own, *(f"{name}_{part}" for name in stored for part in (*PARTS, _HOW))]
     for name in needed if input_scale is None else [*needed, INPUT_SCALE]:
         if hasattr(module, name):
             found = f"{type(module).__name__} already has an attribute {name!r}"
             raise PlanError(f"{found}, which packing {', '.join(stored)} needs; rename it or exclude this module")
     module.__class__ = class_for(type(module), tuple(stored), activations is not None)
-    module.__dict__["nvfp4"] = {name: spec for name, (_, spec) in stored.items()}
+    module.nvfp4 = {name: spec for name, (_, spec) in stored.items()}  # type: ignore[assignment]
     module.__dict__["nvfp4_activations"] = activations
     module.__dict__["nvfp4_activation_rule"] = activation_rule
     for name, (q, _) in stored.items():
