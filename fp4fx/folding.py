@@ -50,27 +50,26 @@ def with_parts(compiled: CompiledGraph, folded: Sequence[Folded]) -> CompiledGra
     """
     if not folded:
         return compiled
-    single = [_Memory(f.compute, f.leaves) for f in folded]
-    ends = [0]
-    for f, memory in zip(folded, single, strict=True):
+    leaves = {(leaf.position, id(leaf.tensor)): leaf for f in folded for leaf in f.leaves}
+    place = {key: i for i, key in enumerate(leaves)}
+    single: list[tuple[_Memory, list[int]]] = []
+    for f in folded:
+        memory = _Memory(f.compute, f.leaves)
         memory.remember([leaf.tensor for leaf in f.leaves], f.parts)
-        ends.append(ends[-1] + len(f.leaves))
+        single.append((memory, [place[leaf.position, id(leaf.tensor)] for leaf in f.leaves]))
 
     def gather(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            part
-            for memory, begin, end in zip(single, ends, ends[1:], strict=False)
-            for part in memory.parts(tensors[begin:end])
-        )
+        return tuple(part for memory, where in single for part in memory.parts([tensors[i] for i in where]))
 
-    leaves = [leaf for f in folded for leaf in f.leaves]
-    together = _Memory(gather, leaves)
-    where = [(leaf.position, leaf.tensor if leaf.position is None else None) for leaf in leaves]
-    del leaves  # what is kept must not keep a parameter
+    together = _Memory(gather, list(leaves.values()))
+    attributes = tuple(leaf.tensor for leaf in leaves.values() if leaf.position is None)
+    behind = iter(range(-len(attributes), 0))
+    where = [next(behind) if position is None else position for position, _ in leaves]
+    del leaves, f, place  # what is kept must not keep a parameter
 
     def call(*args: Any) -> Any:
-        tensors: list[Any] = [fixed if position is None else args[position] for position, fixed in where]
-        return compiled(*args, *together.parts(tensors))
+        given = (*args, *attributes) if attributes else args
+        return compiled(*args, *together.parts([given[i] for i in where]))
 
     return call
 
@@ -84,8 +83,9 @@ class _Memory:
         buffers: dict[Any, list[int]] = {}
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf.tensor, nn.Parameter):
-                buffers.setdefault((leaf.tensor.dtype, leaf.tensor.device), []).append(i)
-        self._buffers = list(buffers.values())
+                kind = leaf.tensor.dim() == 1, leaf.tensor.dtype, leaf.tensor.device
+                buffers.setdefault(kind, []).append(i)
+        self._buffers = [(flat, which) for (flat, _, _), which in buffers.items()]
         self._seen: dict[tuple[int, ...], _Entry] = {}
 
     def parts(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -105,7 +105,10 @@ class _Memory:
     def _state(self, tensors: Sequence[Tensor]) -> tuple[tuple[int, ...] | None, list[Tensor]]:
         """What changes when a parameter is written to, None where that cannot be told, and the values of buffers."""
         parameters = [tensors[i] for i in self._parameters]
-        values = [torch.cat([_flat(tensors[i]) for i in group]) for group in self._buffers]
+        values = []
+        for flat, which in self._buffers:
+            group = [tensors[i] for i in which]
+            values.append(torch.cat(group if flat else [t.reshape(-1) for t in group]))
         try:
             return (*map(_version, parameters), *map(Tensor.data_ptr, parameters)), values
         except RuntimeError:  # an inference tensor has no version
@@ -134,7 +137,3 @@ class _Entry:
 
 
 _version = attrgetter("_version")
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dim() == 1 else tensor.reshape(-1)
