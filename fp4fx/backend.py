@@ -58,8 +58,10 @@ def fp4fx(
     if on_fallback == "raise":
         _raise_on_fallback(ctx)
     stand_ins = [capture.backend_fake(part) for f in ctx.folded for part in f.parts]
-    compiled = capture.lower(gm, [*example_inputs, *stand_ins], patches)
-    return with_parts(compiled, ctx.folded)
+    leaves = {leaf.position for f in ctx.folded for leaf in f.leaves}
+    read = capture.drop_unread(gm, leaves, len(example_inputs))
+    compiled = capture.lower(gm, [*(example_inputs[i] for i in read), *stand_ins], patches)
+    return with_parts(compiled, ctx.folded, read)
 
 
 def rewritten(

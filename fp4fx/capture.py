@@ -10,7 +10,7 @@ import inspect
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -215,6 +215,18 @@ def add_input(gm: GraphModule, name: str, tensor: Tensor) -> Node:
     node._dynamo_source = None  # AOTAutograd asks; this one is not of the model
     node.meta["example_value"] = fake_mode(gm).from_tensor(tensor, static_shapes=True)
     return node
+
+
+def drop_unread(gm: GraphModule, positions: Container[int | None], count: int) -> list[int]:
+    """Remove the inputs at these positions that nothing reads; the positions of the first `count` inputs that stay."""
+    kept = []
+    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")[:count]):
+        if position in positions and not node.users:
+            gm.graph.erase_node(node)
+        else:
+            kept.append(position)
+    gm.recompile()
+    return kept
 
 
 def backend_fake(tensor: Tensor) -> Tensor:

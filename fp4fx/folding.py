@@ -41,8 +41,10 @@ def computed(compute: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tenso
         return tuple(compute(*tensors))
 
 
-def with_parts(compiled: CompiledGraph, folded: Sequence[Folded]) -> CompiledGraph:
-    """Pass the parts to a graph that takes them as its last inputs; compute them where there are none, or old ones.
+def with_parts(compiled: CompiledGraph, folded: Sequence[Folded], read: Sequence[int]) -> CompiledGraph:
+    """Pass the parts to a graph that takes them behind the inputs at the positions `read`.
+
+    They are computed where there are none, or old ones.
 
     The graph may be called with other parameters than it was captured with (a second model, an assignment), and one
     may have been written to since (optimizer step, load_state_dict). Only a `.data.mul_()` of a parameter and the like
@@ -69,7 +71,7 @@ def with_parts(compiled: CompiledGraph, folded: Sequence[Folded]) -> CompiledGra
 
     def call(*args: Any) -> Any:
         given = (*args, *attributes) if attributes else args
-        return compiled(*args, *together.parts([given[i] for i in where]))
+        return compiled(*[args[i] for i in read], *together.parts([given[i] for i in where]))
 
     return call
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import fp4fx
-from fp4fx import folding
+from fp4fx import capture, folding
 
 ALL = fp4fx.Policy(skip_first=0, skip_last=0)
 
@@ -99,6 +99,19 @@ def test_another_dtype_is_seen():
     assert (found - expected).norm() < 0.03 * expected.norm()
 
 
+def test_what_is_read_outside_the_graph_only_is_no_input_of_it(monkeypatch):
+    torch._dynamo.reset()
+    model, given, lower = fp4fx.quantize(Net().eval(), ALL), [], capture.lower
+    monkeypatch.setattr(capture, "lower", lambda gm, inputs, *a: (given.append(inputs), lower(gm, inputs, *a))[1])
+    with torch.no_grad():
+        torch.compile(model, backend="fp4fx", fullgraph=True)(X)
+    (inputs,) = given
+    norm = {id(t) for t in (*model.norm.parameters(), *model.norm.buffers())}
+    packed = {id(t) for t in model.body.buffers()}
+    assert not norm & set(map(id, inputs)) and packed <= set(map(id, inputs))
+    assert sorted(tuple(t.shape) for t in inputs if id(t) not in packed) == [(1, 16, 4, 4), (16,), (16,)]
+
+
 def test_a_leaf_of_two_computations_is_looked_at_once():
     leaves = folding.Leaf(0, nn.Parameter(torch.ones(3))), folding.Leaf(None, torch.ones(2, 2))
     seen = []
@@ -110,7 +123,7 @@ def test_a_leaf_of_two_computations_is_looked_at_once():
     folded = [
         folding.Folded(part, compute, compute(*(f.tensor for f in part))) for part in (leaves, leaves[1:], leaves[:1])
     ]
-    call = folding.with_parts(lambda *args: args[1:], folded)
+    call = folding.with_parts(lambda *args: args, folded, read=[])
     parameter, fixed = (leaf.tensor for leaf in leaves)
     del seen[:]
     assert call(parameter) == (7, 4, 3) and not seen
