@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fp4fx.codes import E4M3_NAN, decode_e2m1, decode_e4m3, pack, unpack
+from fp4fx.scales import BLOCK
 
-BLOCK = 16
 CHANNEL, ROW = (1, 1), (1, 2)
 """The weight of a sum of errors, beside the errors themselves, as a fraction: a and b."""
 _ZERO = 7  # the place of 0 among the 15 values of E2M1 in their order
