@@ -45,10 +45,10 @@ def fold_parameters(gm: GraphModule, ctx: Context) -> int:
     if ctx.freezing:
         return 0
     _widen(gm)
-    leaves, calls = computable(gm, ctx)
+    constants = leaves, calls = computable(gm, ctx)
     known = {*leaves, *calls}
     roots = [node for node in calls if _is_worth_it(node, known)]
-    inputs = take_out(gm, ctx, {root.name: root for root in roots})
+    inputs = take_out(gm, ctx, constants, {root.name: root for root in roots})
     for root, node in zip(roots, inputs, strict=True):
         root.replace_all_uses_with(node)
     return len(roots)
@@ -57,13 +57,14 @@ def fold_parameters(gm: GraphModule, ctx: Context) -> int:
 def take_out(
     gm: GraphModule,
     ctx: Context,
+    constants: tuple[list[Node], list[Node]],
     roots: Mapping[str, Node],
     then: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None,
 ) -> list[Node]:
-    """New inputs of the graph, by these names, for values that are `computable`, or for what `then` makes of them."""
+    """New inputs of the graph, by these names, for values among the `computable`, or for what `then` makes of them."""
     if not roots:
         return []
-    leaves, calls = computable(gm, ctx)
+    leaves, calls = constants
     program, read = _program(list(roots.values()), calls, leaves)
     compute = program if then is None else partial(_in_turn, first=program, then=then)
     positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}

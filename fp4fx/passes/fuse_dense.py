@@ -32,20 +32,20 @@ def fuse_dense(gm: GraphModule, ctx: Context) -> int:
     """
     if ctx.freezing or not any(op_name(node) in ("linear", "conv", "conv_transpose") for node in gm.graph.nodes):
         return 0
-    leaves, calls = computable(gm, ctx)
-    constant = {*leaves, *calls}
+    constants = leaves, calls = computable(gm, ctx)
+    known = {*leaves, *calls}
     chosen: list[Node] = []
     for node in list(gm.graph.nodes):
         if aten_name(node) not in ("conv2d", "conv3d"):
             continue
-        objection = _objection(node, constant)
+        objection = _objection(node, known)
         if objection:
             log.debug("%s stays aten.%s: %s", node, aten_name(node), objection)
             continue
         _count_padding(gm, node)
         chosen.append(node)
     order = partial(_ordered, calls=[(_geometry(node), list(value(arguments(node)[0]).shape)) for node in chosen])
-    weights = take_out(gm, ctx, {node.name: arguments(node)[1] for node in chosen}, order)
+    weights = take_out(gm, ctx, constants, {node.name: arguments(node)[1] for node in chosen}, order)
     for node, weight in zip(chosen, weights, strict=True):
         x, _, bias, *_ = arguments(node)
         convolution = torch.ops.mkldnn._convolution_pointwise.default  # which a build without oneDNN has not
