@@ -137,16 +137,19 @@ def round_site(job: Job, method: Method, site: Site, statistics: Statistics, sol
             return
         codes[rows, :k] = solved.flatten(0, 1)
         del hessian, solved
-    (plain, *nearest), (after, *learned) = (
-        statistics.unbiased(dense, found, scales, q.global_scale) for found in (packed, nvfp4.pack(codes))
+    learned = nvfp4.pack(codes)
+    (plain, its_g), (after, g) = (
+        statistics.unbiased(dense, found, scales, q.global_scale) for found in (packed, learned)
     )
     if min(plain, after) > (1 - GAIN) * before:
         job.record(
             method, site, f"kept: {method.name} has an error of {after:.2e}, rounding one of {plain:.2e}", before
         )
         return
-    chosen, g = learned if after < plain else nearest
-    job.write(site, chosen, q.scale, g)
+    if after < plain:
+        job.write(site, learned, q.scale, g)
+    else:
+        job.write(site, packed, q.scale, its_g)
     reason = (
         f"codes of {method.name}" if after < plain else f"nearest values: {method.name} has an error of {after:.2e}"
     )
@@ -231,20 +234,17 @@ class Statistics:
 
     def error(self, wanted: Tensor, found: Tensor) -> float:
         """Rows fp32 [N, K] twice -> ‖(found - wanted) · x‖² / ‖wanted · x‖² on the inputs kept for it."""
-        signal, along, power = self._products(wanted, found)
-        return (signal - 2 * along + power) / signal if signal else float(power > 0)
+        return _error(*self._products(wanted, found))
 
-    def unbiased(
-        self, wanted: Tensor, packed: Tensor, scales: Tensor, global_scale: Tensor
-    ) -> tuple[float, Tensor, Tensor]:
-        """Codes of the rows wanted -> their error, themselves, and g with which outputs are as large as wanted.
+    def unbiased(self, wanted: Tensor, packed: Tensor, scales: Tensor, global_scale: Tensor) -> tuple[float, Tensor]:
+        """Codes of the rows wanted -> g fp32 [] with which outputs are as large as wanted, behind their error then.
 
         Least squares shrink: without that factor every layer takes a little off what goes on to the next.
         """
         found = nvfp4.dequantize_rows(packed, scales, global_scale, wanted.shape[1], torch.float32)
-        signal, along, _ = self._products(wanted, found)
+        signal, along, power = self._products(wanted, found)
         factor = signal / along if along > 0 and 0.5 <= signal / along <= 2 else 1.0
-        return self.error(wanted, found * factor), packed, global_scale * factor
+        return _error(signal, factor * along, factor**2 * power), global_scale * factor
 
     def _products(self, wanted: Tensor, found: Tensor) -> tuple[float, float, float]:
         """‖y‖², <y, z> and ‖z‖² of the outputs y and z of two weights fp32 [N, K]."""
@@ -256,3 +256,8 @@ class Statistics:
             for i, (a, b) in enumerate(((y, y), (y, z), (z, z))):
                 sums[i] += float((a * b).sum())
         return sums[0], sums[1], sums[2]
+
+
+def _error(signal: float, along: float, power: float) -> float:
+    """‖z - y‖² / ‖y‖² from ‖y‖², <y, z> and ‖z‖²."""
+    return (signal - 2 * along + power) / signal if signal else float(power > 0)

@@ -15,7 +15,7 @@ from fp4fx.calibration.data import Batches, forward
 from fp4fx.calibration.record import Calibration, Step, calibration_of, remember_calibration
 from fp4fx.kernels import encoding
 from fp4fx.observe import Call, observe
-from fp4fx.packed import PARTS, Packed, PackedSpec, encode, plan_of
+from fp4fx.packed import PARTS, Packed, PackedSpec, plan_of
 from fp4fx.site import Site
 
 _SMOOTHED = "_fp4fx_smoothed"
@@ -170,7 +170,7 @@ class Job:
         """Put the weight as it is now into the packed parameter, by the rule that it was packed by."""
         spec = self.spec(site)
         dense = nvfp4.from_rows(self.weight(site), spec.shape, spec.order, spec.groups)
-        q, _ = encode(dense, spec, site.parameter)
+        q = encoding.quantize(dense, scale_rule=spec.scale_rule, block=spec.block, order=spec.order, groups=spec.groups)
         self.write(site, q.packed, q.scale, q.global_scale, spec.scale_rule)
 
     def write(

@@ -55,6 +55,18 @@ def test_error_on_fresh_inputs(rho, most):
     assert step.after == pytest.approx(after, rel=0.1) and step.before == pytest.approx(before, rel=0.1)
 
 
+def test_outputs_are_as_large_as_those_of_the_original():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256, bias=False)).eval()
+    qmodel = fp4fx.quantize(model, fp4fx.Policy(skip_first=0, skip_last=0, scale_rule="search"))
+    fresh = correlated(4096, 256, 0.5)
+    fp4fx.calibrate(qmodel, list(correlated(4096, 256, 0.5).split(256)), reference=model, methods=["gptq"])
+    assert steps(qmodel)["0.weight"].reason == "codes of gptq"
+    with torch.no_grad():
+        y, found = model(fresh), qmodel(fresh)
+    assert float((y * found).sum() / y.square().sum()) == pytest.approx(1, abs=5e-4)  # least squares have .994
+
+
 def by_definition(weight, hessian, scale, damping):
     """One column after another with the whole inverse Hessian, which loses a row and a column each time (OBQ)."""
     h = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian)).double()

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fp4fx
+from fp4fx import nvfp4
 from fp4fx.calibration import calibration_of
 from tests.calibration.test_gptq import error
 
@@ -47,6 +48,23 @@ def outliers(seed):
             norm.weight.copy_(torch.exp(1.5 * torch.randn(32)))
             norm.bias.normal_()
     return model
+
+
+def test_a_smoothed_weight_is_encoded_by_its_own_rule():
+    model = outliers(0)
+    policy = fp4fx.Policy(skip_first=0, skip_last=0, min_numel=0, min_channels=1)
+    qmodel = fp4fx.quantize(model, policy)
+    fp4fx.calibrate(qmodel, [torch.randn(8, 3, 8, 8) for _ in range(4)], reference=model, methods=["smoothing"])
+    assert steps(qmodel)["conv.weight"].changed and qmodel.conv.nvfp4["weight"].scale_rule == "unbiased"
+    factors = model.bn.weight.detach() / qmodel.bn.weight.detach()
+    own = factors.view(2, 16).repeat_interleave(16, 0)  # the inputs of each result's group
+    smoothed = model.conv.weight.detach() * own[:, :, None, None]
+
+    def distance(rule):
+        q = nvfp4.dequantize(nvfp4.quantize(smoothed, scale_rule=rule, order="conv", groups=model.conv.groups))
+        return float((qmodel.conv.weight - q).norm() / q.norm())
+
+    assert distance("unbiased") < 0.01 < distance("search")
 
 
 @pytest.mark.parametrize("activations", [None, "nvfp4"])
