@@ -1,7 +1,8 @@
 """Linear layers, quantizing, decoding, gathering: fp4fx beside every peer, alternated in one process.
 
-Hot: the weight is used again and again. Cold: the caches are emptied before every call. The rate at which this machine
-reads memory is measured in the same run. A peer that cannot be measured is a row with its reason.
+Hot: the weight is used again and again. Cold: the caches are emptied before every call, and adding up as many bytes as a
+packed weight has is one of the calls. The rate at which this machine reads memory is measured in the same run. A peer that
+cannot be measured is a row with its reason.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1024, 1024))
 BATCHES = (1, 4, 16, 64, 256)
 WAKING = 256
+READING = "adding up as many bytes"
 
 Row = dict[str, Any]
 
@@ -68,7 +70,11 @@ def linear(n: int, k: int, batches: tuple[int, ...], candidates: tuple[peers.Can
                 rows.append({**at, "candidate": name, "reason": peers.reason(error)})
         measured = {"hot": timing.blocks(calls, rounds)}
         if m == 1:
+            packed, few = torch.ones(n * k * 9 // 64), torch.ones(WAKING)  # fp32, in 9 bytes for 16 weights
+            wakers[READING], calls[READING] = few.sum, packed.sum
             measured["cold"] = timing.cold(calls, wakers, timing.eviction(), rounds)
+            took = measured["cold"].pop(READING)
+            rows.append({**shape, "section": "read", "bytes": packed.nbytes, **milliseconds(took)})
         rows += [
             {**at, "cache": cache, **facts[name], **milliseconds(took)}
             for cache, timings in measured.items()
@@ -143,6 +149,9 @@ def table(rows: list[Row]) -> str:
             "total error",
         ]
         title = f"linear, N={n} K={k}, {cache}"
+        for read in (row for row in rows if cache == "cold" and (row["section"], row["n"], row["k"]) == ("read", n, k)):
+            rate = timing.gigabytes_per_second(read["bytes"], read["median_ms"])
+            title += f"; adding up 0.5625 B/weight: {_cell(read)} ms, {rate:.1f} GB/s"
         parts.append(f"{title}\n\n{tabulate(lines, heads, floatfmt=('', '.3f', *('',) * len(batches), '.1f'))}")
     if codes := [row for row in rows if row["section"] == "codec" and "median_ms" in row]:
         lines = [

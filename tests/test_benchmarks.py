@@ -38,7 +38,7 @@ def rows():
 
 @pytest.fixture
 def measured(rows):
-    return {(r["candidate"], r["m"], r["cache"]): r for r in rows if "median_ms" in r}
+    return {(r["candidate"], r["m"], r["cache"]): r for r in rows if r["section"] == "linear" and "median_ms" in r}
 
 
 def test_every_candidate_has_a_row_at_every_m(rows, measured):
@@ -52,6 +52,9 @@ def test_every_candidate_has_a_row_at_every_m(rows, measured):
         "slow": "not measured above M=1: it takes seconds",
     }
     assert all(0 < row["min_ms"] <= row["median_ms"] and row["rounds"] == 2 for row in measured.values())
+    (read,) = (row for row in rows if row["section"] == "read")
+    assert read["bytes"] == 48 * 32 * 0.5625 and read["rounds"] == 2
+    assert f"adding up 0.5625 B/weight: {read['median_ms']:.3f}" in ops.table(rows)
 
 
 def test_errors_are_relative_to_fp64(measured):

@@ -16,7 +16,7 @@ LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 LINEAR = [  # m, k, n
     *[(1, 1, 1), (1, 15, 3), (1, 40, 7), (1, 256, 96), (2, 17, 1), (3, 16, 33), (4, 130, 64), (7, 64, 5)],
-    *[(16, 200, 50), (17, 48, 130), (33, 72, 17), (70, 31, 40), (130, 320, 66)],
+    *[(1, 400, 18), (2, 600, 9), (3, 272, 6), (13, 530, 18), (16, 200, 50), (17, 48, 130), (33, 72, 17), (70, 31, 40), (130, 320, 66)],
 ]
 CONV = [  # x, weight, stride, padding, dilation, groups
     ((2, 6, 20), (8, 6, 3), [1], [1], [1], 1),
@@ -243,11 +243,11 @@ def test_a_packed_activation(tier):
 # --- int8 ------------------------------------------------------------------------------------------------------------
 
 INT8 = ("amx", "avx512_bf16", "amx_emulated")
-"""The tiers that multiply integers; the others compute in fp32."""
+"""The tiers that multiply integers whatever the number of rows; the others compute more than 16 in fp32."""
 
 
 def int8_linear(x, packed, scale, g):
-    """What compute="int8" says of more than 8 rows: every row of x to int8, W to int8 in slices of 4096 values."""
+    """What compute="int8" says of more than 16 rows: every row of x to int8, W to int8 in slices of 4096 values."""
     codes, blocks = nvfp4.decode_e2m1(nvfp4.unpack(packed)) * 2, nvfp4.decode_e4m3(scale)
     to_int = torch.where(x.abs().amax(1, keepdim=True) > 0, 127 / x.abs().amax(1, keepdim=True), 0)
     xq, y = (x.double() * to_int.double()).round(), torch.zeros(x.shape[0], packed.shape[0], dtype=torch.float64)
@@ -261,7 +261,7 @@ def int8_linear(x, packed, scale, g):
     return y * x.abs().amax(1, keepdim=True).double() / 127 * g.double()
 
 
-@pytest.mark.parametrize(("m", "k", "n"), [(9, 48, 20), (33, 4096 + 80, 70), (64, 250, 16)])
+@pytest.mark.parametrize(("m", "k", "n"), [(17, 48, 20), (33, 4096 + 80, 70), (64, 250, 16)])
 def test_int8_products_are_those_of_the_rounded_operands(tier, m, k, n):
     if tier not in INT8:
         pytest.skip("no integer products")

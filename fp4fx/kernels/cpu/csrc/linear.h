@@ -16,12 +16,13 @@ static void linear_gemm(const Linear& a, const Pool& pool) {
   gemm<Op>(g, a.w, columns_of(a), pool);
 }
 
-// Rows up to which decoding anew for every four of them is faster than a panel; with AMX assumed, not measured.
-constexpr int64_t kGemvRows = kAmx ? 3 : 8;
+// Rows up to which decoding anew for every four of them, in int8 for every eight, is faster than a panel; with AMX
+// assumed, not measured.
+constexpr int64_t kGemvRows = kAmx ? 3 : 8, kGemvRowsInt8 = kAmx ? 3 : 16;
 
 static void linear(const Linear& a, const Pool& pool) {
   if (a.m == 0 || a.w.n == 0) return;
-  const bool few = a.m <= kGemvRows;
+  const bool few = a.m <= (a.compute == Compute::int8 ? kGemvRowsInt8 : kGemvRows);
   if (a.compute == Compute::fp32) return few ? gemv<DotF32>(a, pool) : linear_gemm<OpF32>(a, pool);
   if (a.compute == Compute::int8) return few ? gemv<DotInt8>(a, pool) : linear_gemm<OpInt8>(a, pool);
   return few ? gemv<DotBf16>(a, pool) : linear_gemm<OpBf16>(a, pool);

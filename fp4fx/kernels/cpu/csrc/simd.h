@@ -205,37 +205,6 @@ FP4FX_INLINE float e4m3(uint8_t byte) {
   return magnitude == 0x7f ? __builtin_nanf("") : magnitude < 8 ? magnitude * 0x1p-9f : value;
 }
 
-// Scales of kLanes/2 consecutive blocks, of which `count` exist, each in two neighbouring lanes.
-FP4FX_INLINE vf scales_twice(const uint8_t* p, int64_t count) {
-  uint8_t bytes[8] = {};
-  std::memcpy(bytes, p, count >= kLanes / 2 ? kLanes / 2 : count);
-#if defined(__AVX512BW__)
-  __m128i b = _mm_loadl_epi64((const __m128i*)bytes);
-  __m256i h = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(b, b)), 7);  // as fp16: the value / 256
-  h = _mm256_mask_set1_epi16(h, _mm256_cmpeq_epi16_mask(h, _mm256_set1_epi16(0x7f << 7)), 0x7fff);
-  return (vf)_mm512_cvtph_ps(h) * 256.f;
-#else
-  vi lanes;
-  for (int i = 0; i < kLanes; ++i) lanes[i] = bytes[i / 2];
-  return e4m3(lanes);
-#endif
-}
-
-// The same for kLanes consecutive blocks, in two vectors.
-FP4FX_INLINE void scales_twice(const uint8_t* p, vf (&out)[2]) {
-#if defined(__AVX512BW__)
-  __m256i h = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
-  h = _mm256_mask_set1_epi16(h, _mm256_cmpeq_epi16_mask(h, _mm256_set1_epi16(0x7f << 7)), 0x7fff);
-  const __m512 s = _mm512_mul_ps(_mm512_cvtph_ps(h), _mm512_set1_ps(256.f));
-  const __m512i first = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-  out[0] = (vf)_mm512_permutexvar_ps(first, s);
-  out[1] = (vf)_mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(8)), s);
-#else
-  out[0] = scales_twice(p, kLanes / 2);
-  out[1] = scales_twice(p + kLanes / 2, kLanes / 2);
-#endif
-}
-
 // kLanes x kLanes transpose of 32-bit lanes, in place.
 FP4FX_INLINE void transpose(vi r[kLanes]) {
 #if defined(__AVX512BW__)
