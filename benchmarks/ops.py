@@ -1,7 +1,7 @@
 """Linear layers, quantizing, decoding, gathering: fp4fx beside every peer, alternated in one process.
 
-Hot: the weight is used again and again. Cold: the caches are emptied before every call, and adding up as many bytes as a
-packed weight has is one of the calls. The rate at which this machine reads memory is measured in the same run. A peer that
+Hot: the weight is used again and again. Cold: the caches are emptied before every call, and one of the calls adds up as
+many bytes as a packed weight has. The rate at which this machine reads memory is measured in the same run. A peer that
 cannot be measured is a row with its reason.
 """
 
