@@ -26,7 +26,7 @@ from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
 import fp4fx
-from benchmarks import nets
+from benchmarks import nets, record
 from fp4fx import bench
 
 RESULT = Path(__file__).parent / "results" / "compile-cpu.json"
@@ -130,18 +130,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--here", action="store_true", help="measure MODEL in this process and print its rows")
     parser.add_argument("--out", type=Path, default=RESULT, metavar="FILE")
+    parser.add_argument("--update", action="store_true", help="keep the rows of FILE for what is not measured now")
     args = parser.parse_args()
     if args.here:
         print(json.dumps(measure(args.models[0], args.rounds)))
         return
-    rows: list[Row] = []
-    for name in tqdm(args.models or MODELS, unit="model", disable=None):
+    chosen, where = args.models or MODELS, bench.environment()
+    rows = record.earlier(args.out, where, lambda row: row["model"] in chosen) if args.update else []
+    for name in tqdm(chosen, unit="model", disable=None):
         command = [sys.executable, "-m", "benchmarks.compiling", name, "--here", "--rounds", str(args.rounds)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows += json.loads(done.stdout.splitlines()[-1])
-    where = bench.environment()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n", "utf-8")
+        rows += [{**row, "date": bench.environment()["date"]} for row in json.loads(done.stdout.splitlines()[-1])]
+        rows.sort(key=lambda row: MODELS.index(row["model"]))
+        record.write(args.out, where, rows)
     print(f"{bench.headline(where)}\n\nseconds of the first call\n\n{table(rows)}\n\nwritten to {args.out}")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import fp4fx
-from benchmarks import nets
+from benchmarks import nets, record
 from benchmarks.timing import blocks
 from fp4fx import bench
 
@@ -66,11 +65,11 @@ def measure(case: Case, rounds: int) -> list[Row]:
     inputs = tuple(x.to(case.dtype) for x in nets.inputs(case.model, 1))
     calls: dict[str, Callable[[], Any]] = {}
     results: dict[str, Any] = {}
+    packed = fp4fx.quantize(model, case.policy, example_inputs=inputs)
     for left_out in ("", *case.passes):
         torch._dynamo.reset()
-        packed = fp4fx.quantize(copy.deepcopy(model), case.policy, example_inputs=inputs)
         options = {"disabled_passes": f"fp4fx_{left_out}"} if left_out else {}
-        compiled = torch.compile(packed, backend="fp4fx", dynamic=False, options=options)
+        compiled = torch.compile(copy.deepcopy(packed), backend="fp4fx", dynamic=False, options=options)
 
         def call(compiled: Callable[..., Any] = compiled) -> Any:
             with torch.no_grad():
@@ -112,14 +111,16 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="TEXT", help="cases whose name has one of these in it")
     parser.add_argument("--rounds", type=int, default=9, help="blocks of each candidate")
     parser.add_argument("--out", type=Path, default=RESULT, metavar="FILE")
+    parser.add_argument("--update", action="store_true", help="keep the rows of FILE for what is not measured now")
     args = parser.parse_args()
     chosen = [case for case in CASES if not args.models or any(text in case.name for text in args.models)]
-    rows: list[Row] = []
+    names, where = [case.name for case in CASES], bench.environment()
+    again = {case.name for case in chosen}
+    rows = record.earlier(args.out, where, lambda row: row["case"] in again) if args.update else []
     for case in tqdm(chosen, unit="case", disable=None):
-        rows += measure(case, args.rounds)
-    where = bench.environment()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n", "utf-8")
+        rows += [{**row, "date": bench.environment()["date"]} for row in measure(case, args.rounds)]
+        rows.sort(key=lambda row: names.index(row["case"]))
+        record.write(args.out, where, rows)
     print(f"{bench.headline(where)}\n\n{table(rows)}\n\nwritten to {args.out}")
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fp4fx
-from benchmarks import nets
+from benchmarks import nets, record
 from benchmarks.peers import reason
 from benchmarks.timing import blocks
 from benchmarks.versions import versions
@@ -187,16 +187,6 @@ def apart(name: str, batch: int, rounds: int, only: list[str] | None) -> list[Ro
         return [{"model": name, "batch": batch, "candidate": "all", "reason": why}]
 
 
-def others(file: Path, where: Row, work: list[tuple[str, int]]) -> list[Row]:
-    """The rows of an earlier run, on this machine and with these versions, for what `work` does not measure."""
-    earlier = json.loads(file.read_text("utf-8"))
-    before, now = ({k: v for k, v in place.items() if k != "date"} for place in (earlier["environment"], where))
-    if before != now:
-        different = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
-        raise SystemExit(f"{file}: found another {', '.join(different)}; measure all of it anew, without --update")
-    return [row for row in earlier["rows"] if (row["model"], row["batch"]) not in work]
-
-
 def table(rows: list[Row]) -> str:
     """Milliseconds for each model and batch size, and what was not measured, with the reason."""
     lines = []
@@ -260,13 +250,12 @@ def main() -> None:
         args.models, args.batches, args.rounds = args.models or QUICK, args.batches or [1], 3
     where = {**bench.environment(), "versions": versions()}
     work = [(name, batch) for name in args.models or MODELS for batch in args.batches or nets.batches(name)]
-    rows = others(args.out, where, work) if args.update else []
+    rows = record.earlier(args.out, where, lambda row: (row["model"], row["batch"]) in work) if args.update else []
     for name, batch in tqdm(work, unit="model", disable=None):
         rows += [{**row, "date": bench.environment()["date"]} for row in apart(name, batch, args.rounds, args.only)]
     rows.sort(key=lambda row: (MODELS.index(row["model"]), row["batch"]))
     print(f"{bench.headline(where)}\n\n{table(rows)}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"environment": where, "rows": rows}, indent=2) + "\n", "utf-8")
+    record.write(args.out, where, rows)
     print(f"\nwritten to {args.out}")
 
 

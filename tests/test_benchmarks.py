@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import models, ops, peers, timing
+from benchmarks import models, ops, peers, record, timing
 from benchmarks.peers import aten, base
 from fp4fx import bench
 
@@ -158,6 +158,6 @@ def test_an_update_keeps_what_is_not_measured_anew_unless_the_machine_is_another
     where = {"device": "one", "torch": "2.15", "date": "yesterday"}
     file = tmp_path / "models.json"
     file.write_text(json.dumps({"environment": where, "rows": rows}), "utf-8")
-    assert models.others(file, {**where, "date": "today"}, [("resnet50", 8)]) == rows[:1]
+    assert record.earlier(file, {**where, "date": "today"}, lambda row: row["batch"] == 8) == rows[:1]
     with pytest.raises(SystemExit, match="found another torch; measure all of it anew"):
-        models.others(file, {**where, "torch": "2.16"}, [])
+        record.earlier(file, {**where, "torch": "2.16"}, lambda row: False)

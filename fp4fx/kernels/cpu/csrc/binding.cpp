@@ -23,6 +23,8 @@
 namespace {
 
 using at::IntArrayRef;
+using c10::SymInt;
+using c10::SymIntArrayRef;
 using at::ScalarType;
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
@@ -87,6 +89,9 @@ fp4fx::DType dtype_of(ScalarType dtype) {
 }
 
 int64_t blocks_of(int64_t k) { return (k + 15) / 16; }
+
+// A C++ wrapper of Inductor calls with lists of SymInt, which kernels that take int64_t refuse.
+IntArrayRef ints(SymIntArrayRef sizes) { return C10_AS_INTARRAYREF_SLOW(sizes); }
 
 int64_t product(IntArrayRef sizes) { return c10::multiply_integers(sizes); }
 
@@ -344,25 +349,26 @@ Tensor convolution(const Tensor& x, const Tensor& packed, const Tensor& scale, c
 }
 
 Tensor conv(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& global_scale, const Maybe& bias,
-            int64_t in_channels, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-            int64_t groups, const Maybe& x_scale, const Maybe& x_global_scale, std::optional<ScalarType> dtype,
-            const Maybe& channel_scale, const Maybe& residual, std::string_view activation, std::string_view compute,
-            std::string_view tier) {
-  return convolution(x, packed, scale, global_scale, bias, in_channels,
-                     {kernel_size, stride, padding, {}, dilation, groups}, x_scale, x_global_scale, dtype,
-                     channel_scale, residual, activation, compute, tier);
+            SymInt in_channels, IntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding,
+            SymIntArrayRef dilation, SymInt groups, const Maybe& x_scale, const Maybe& x_global_scale,
+            std::optional<ScalarType> dtype, const Maybe& channel_scale, const Maybe& residual,
+            std::string_view activation, std::string_view compute, std::string_view tier) {
+  return convolution(x, packed, scale, global_scale, bias, in_channels.expect_int(),
+                     {kernel_size, ints(stride), ints(padding), {}, ints(dilation), groups.expect_int()}, x_scale,
+                     x_global_scale, dtype, channel_scale, residual, activation, compute, tier);
 }
 
 Tensor conv_transpose(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& global_scale,
-                      const Maybe& bias, int64_t in_channels, IntArrayRef kernel_size, IntArrayRef stride,
-                      IntArrayRef padding, IntArrayRef output_padding, IntArrayRef dilation, int64_t groups,
-                      const Maybe& x_scale, const Maybe& x_global_scale, std::optional<ScalarType> dtype,
+                      const Maybe& bias, SymInt in_channels, IntArrayRef kernel_size, SymIntArrayRef stride,
+                      SymIntArrayRef padding, SymIntArrayRef output_padding, SymIntArrayRef dilation,
+                      SymInt groups, const Maybe& x_scale, const Maybe& x_global_scale, std::optional<ScalarType> dtype,
                       const Maybe& channel_scale, const Maybe& residual, std::string_view activation,
                       std::string_view compute, std::string_view tier) {
   TORCH_CHECK(!output_padding.empty(), "fp4fx_cpu: output_padding has no axis");
-  return convolution(x, packed, scale, global_scale, bias, in_channels,
-                     {kernel_size, stride, padding, output_padding, dilation, groups}, x_scale, x_global_scale, dtype,
-                     channel_scale, residual, activation, compute, tier);
+  return convolution(
+      x, packed, scale, global_scale, bias, in_channels.expect_int(),
+      {kernel_size, ints(stride), ints(padding), ints(output_padding), ints(dilation), groups.expect_int()}, x_scale,
+      x_global_scale, dtype, channel_scale, residual, activation, compute, tier);
 }
 
 // --- embedding -------------------------------------------------------------------------------------------------------
@@ -436,10 +442,12 @@ Tensor from_rows(const Tensor& rows, IntArrayRef shape, Order order, int64_t gro
   return rows.view(concat(concat(shape[0], spatial), shape[1])).movedim(-1, 1).contiguous();
 }
 
-Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& global_scale, IntArrayRef shape,
-                  ScalarType dtype, std::string_view order, int64_t groups, std::string_view /*compute*/,
+Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& global_scale, SymIntArrayRef sizes,
+                  ScalarType dtype, std::string_view order, SymInt in_groups, std::string_view /*compute*/,
                   std::string_view tier) {
   at::AutoDispatchBelowADInplaceOrView guard;
+  const IntArrayRef shape = ints(sizes);
+  const int64_t groups = in_groups.expect_int();
   const Order layout = order_of(order);
   const int64_t k = row_length(shape, layout, groups);
   const Rows rows(packed, scale, global_scale, k, "what is decoded");
@@ -557,21 +565,18 @@ TORCH_LIBRARY(fp4fx_cpu, m) {
       " Tensor? residual=None, str activation='none', str compute='bf16', str quantize_x='',"
       " str tier='') -> Tensor");
   m.def(
-      "conv(Tensor x, Tensor packed, Tensor scale, Tensor global_scale, Tensor? bias, SymInt in_channels, int[] "
-      "kernel_size,"
-      " SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, Tensor? x_scale=None,"
+      "conv(Tensor x, Tensor packed, Tensor scale, Tensor global_scale, Tensor? bias, SymInt in_channels,"
+      " int[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, Tensor? x_scale=None,"
       " Tensor? x_global_scale=None, ScalarType? dtype=None, Tensor? channel_scale=None, Tensor? residual=None,"
       " str activation='none', str compute='bf16', str tier='') -> Tensor");
   m.def(
       "conv_transpose(Tensor x, Tensor packed, Tensor scale, Tensor global_scale, Tensor? bias, SymInt in_channels,"
-      " int[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] output_padding, SymInt[] dilation, SymInt "
-      "groups,"
-      " Tensor? x_scale=None, Tensor? x_global_scale=None, ScalarType? dtype=None, Tensor? channel_scale=None,"
+      " int[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] output_padding, SymInt[] dilation,"
+      " SymInt groups, Tensor? x_scale=None, Tensor? x_global_scale=None, ScalarType? dtype=None, Tensor? channel_scale=None,"
       " Tensor? residual=None, str activation='none', str compute='bf16', str tier='') -> Tensor");
   m.def(
-      "embedding(Tensor indices, Tensor packed, Tensor scale, Tensor global_scale, SymInt embedding_dim, ScalarType "
-      "dtype,"
-      " str tier='') -> Tensor");
+      "embedding(Tensor indices, Tensor packed, Tensor scale, Tensor global_scale, SymInt embedding_dim,"
+      " ScalarType dtype, str tier='') -> Tensor");
   m.def(
       "dequantize(Tensor packed, Tensor scale, Tensor global_scale, SymInt[] shape, ScalarType dtype, str order='rows',"
       " SymInt groups=1, str compute='bf16', str tier='') -> Tensor");
