@@ -23,10 +23,10 @@ def broken(_):
 
 CANDIDATES = (
     base.Candidate("mine", torch.float32, exact, 4, ours=True),
-    base.Candidate("exact", torch.float32, exact),
+    base.Candidate("exact", torch.float32, exact, 32),
     base.Candidate("wrong", torch.float32, wrong, 4),
-    base.Candidate("broken", torch.float32, broken),
-    base.Candidate("slow", torch.float32, exact, max_m=1),
+    base.Candidate("broken", torch.float32, broken, 4),
+    base.Candidate("slow", torch.float32, exact, 4, max_m=1),
     base.unavailable("absent", "not installed"),
 )
 

@@ -17,7 +17,7 @@ def candidates() -> list[Candidate]:
         Candidate(FP32, torch.float32, lambda w: _dense(w, torch.float32), 32),
         Candidate(BF16, torch.bfloat16, lambda w: _dense(w, torch.bfloat16), 16),
         Candidate(BF16_COMPILED, torch.bfloat16, lambda w: _dense(w, torch.bfloat16, freezing=True), 16),
-        Candidate(INT4, torch.bfloat16, _int4),
+        Candidate(INT4, torch.bfloat16, _int4, 4),
     ]
 
 

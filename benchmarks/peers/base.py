@@ -43,7 +43,7 @@ class Candidate:
     Raises:
         UnavailableError: with the reason.
     """
-    bits: float = 32
+    bits: float
     """Per weight, nominal; 4 marks the 4-bit peers."""
     ours: bool = False
     max_m: int | None = field(default=None)

@@ -22,7 +22,8 @@ ggml.ggml_log_set(_QUIET, None)  # it names every weight that it repacks
 def candidates() -> list[Candidate]:
     """One for each type; x and y are fp32, activations are rounded to int8 inside."""
     return [
-        Candidate(f"ggml {name}", torch.float32, functools.partial(_build, kind=kind)) for name, kind in TYPES.items()
+        Candidate(f"ggml {name}", torch.float32, functools.partial(_build, kind=kind), 4)
+        for name, kind in TYPES.items()
     ]
 
 
