@@ -43,6 +43,17 @@ def test_a_mode_reaches_inductor(mode, monkeypatch):
     assert len(seen) == 1 and MODES[mode].items() <= seen[0].items()
 
 
+def test_a_cpp_wrapper_calls_the_kernels_more_than_once():
+    """With lists of SymInt where Python gives ints; the first call does not come from C++."""
+    layers = [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(16, 32, 2, stride=2), nn.Conv2d(32, 4, 1)]
+    q, x = fp4fx.quantize(nn.Sequential(*layers).eval(), ALL), torch.randn(2, 16, 8, 8)
+    compiled = torch.compile(q, backend="fp4fx", options={"cpp_wrapper": True})
+    with torch.no_grad():
+        for _ in range(3):
+            close(compiled(x), q(x))
+    assert {kernel for row in fp4fx.report(q).rows for kernel in row.kernels} == {"conv: cpu", "conv_transpose: cpu"}
+
+
 def test_a_mode_that_does_not_exist_is_an_error():
     q = fp4fx.quantize(nn.Linear(32, 8), ALL)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"mode: found 'fastest', expected .*max-"):
