@@ -19,8 +19,8 @@ INTRODUCTION = """# The zoo
 
 Every model of timm and torchvision (but `quantized_*`), and small ones of transformers, written by
 `python -m benchmarks.zoo`. Weights are random, so the SQNR of an output says that nothing is broken, not how accurate a
-trained model is. A run goes on where the last one ended, so a row is of the tree that wrote it; `--fresh` measures all
-of them anew.
+trained model is. A run goes on where the last one ended, so a row is of the tree that wrote it; "since" is the date of
+the oldest of a family, if all have one. `--fresh` measures all of them anew.
 
 1. **plan**: `fp4fx.plan` on the meta device; every parameter of two dimensions or more is a site, or named with a
    reason.
@@ -83,7 +83,7 @@ def page(record: dict[str, Any]) -> str:
             families[row["family"]].append(row)
     heads = (
         "family", "models", "ran", "sites", "in NVFP4", "bits", "SQNR dB",
-        "compiled", "graphs", "difference", "kernels", "refused",
+        "compiled", "graphs", "difference", "kernels", "refused", "since",
     )  # fmt: skip
     lines = [_line(family, here, compiled.get(family)) for family, here in sorted(families.items())]
     parts.append(tabulate(lines, heads, tablefmt="github", missingval="-", disable_numparse=True))
@@ -125,4 +125,5 @@ def _line(family: str, rows: list[Row], compiled: Row | None) -> tuple[str | Non
         f"{own['difference']:.0e}" if "difference" in own else None,
         ", ".join(f"{count} {name}" for name, count in kernels.items()) if kernels else None,
         str(sum(own["refusals"].values())) if "refusals" in own else None,
+        min(row.get("date", "") for row in (*rows, *filter(None, [compiled]))) or None,
     )

@@ -106,6 +106,7 @@ struct DotBf16 {
 typedef DotF32 DotBf16;  // fp32 products are as fast here
 #endif
 
+#if defined(__AVX2__)
 // x in int8 with a scale per block of 16: codes are doubled to integers and made unsigned by adding 12, which is taken
 // back through the sum of x. Byte i of vector j holds, of block i / 4, value 8 (j / 2) + 2 (i % 4) + j % 2. Behind them,
 // what a block's sum starts from, and its scale.
@@ -146,16 +147,10 @@ struct DotInt8 {
 #elif defined(__AVX512BW__)
     const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
     return (vi)_mm512_shuffle_epi8(table, _mm512_and_si512((__m512i)v, _mm512_set1_epi8(15)));
-#elif defined(__AVX2__)
+#else
     const __m256i table = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
     return (vi)_mm256_shuffle_epi8(table, _mm256_and_si256((__m256i)v, _mm256_set1_epi8(15)));
-#else
-    static const uint8_t table[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-    uint8_t bytes[4 * kLanes];
-    store_i(bytes, v);
-    for (uint8_t& byte : bytes) byte = table[byte & 15];
-    return load_i(bytes);
 #endif
   }
   FP4FX_INLINE Sum start(const char* x) { return load_i(x + kChunk); }
@@ -166,21 +161,18 @@ struct DotInt8 {
 #elif defined(__AVX512BW__)
     const __m512i pairs = _mm512_maddubs_epi16((__m512i)w, (__m512i)x);  // at most 2 * 24 * 127
     return sum + (vi)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-#elif defined(__AVX2__)
+#else
     const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
     return sum + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#else
-    uint8_t unsigned_bytes[4 * kLanes];
-    int8_t bytes[4 * kLanes];
-    store_i(unsigned_bytes, w), store_i(bytes, x);
-    for (int i = 0; i < 4 * kLanes; ++i) sum[i / 4] += unsigned_bytes[i] * bytes[i];
-    return sum;
 #endif
   }
   FP4FX_INLINE vf scaled(Sum sum, vf scale, const char* x) {
     return __builtin_convertvector(sum, vf) * (scale * load((const float*)(x + kChunk + 4 * kLanes)));
   }
 };
+#else
+typedef DotF32 DotInt8;  // nothing multiplies bytes
+#endif
 
 // One chunk of R rows of W, at codes[r] and scales[r], of which `blocks` exist, times M rows of staged x.
 template <class Dot, int R, int M, bool Whole>
