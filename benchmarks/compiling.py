@@ -130,18 +130,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--here", action="store_true", help="measure MODEL in this process and print its rows")
     parser.add_argument("--out", type=Path, default=RESULT, metavar="FILE")
-    parser.add_argument("--update", action="store_true", help="keep the rows of FILE for what is not measured now")
+    parser.add_argument("--update", action="store_true", help="keep FILE's rows of other models")
     args = parser.parse_args()
     if args.here:
         print(json.dumps(measure(args.models[0], args.rounds)))
         return
     chosen, where = args.models or MODELS, bench.environment()
-    rows = record.earlier(args.out, where, lambda row: row["model"] in chosen) if args.update else []
+    rows = record.earlier(args.out, where) if args.update else []
     for name in tqdm(chosen, unit="model", disable=None):
         command = [sys.executable, "-m", "benchmarks.compiling", name, "--here", "--rounds", str(args.rounds)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows += [{**row, "date": bench.environment()["date"]} for row in json.loads(done.stdout.splitlines()[-1])]
-        rows.sort(key=lambda row: MODELS.index(row["model"]))
+        new = json.loads(done.stdout.splitlines()[-1])
+        rows = record.update(rows, new, ("model",), MODELS, bench.environment()["date"])
         record.write(args.out, where, rows)
     print(f"{bench.headline(where)}\n\nseconds of the first call\n\n{table(rows)}\n\nwritten to {args.out}")
 

@@ -111,15 +111,13 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="TEXT", help="cases whose name has one of these in it")
     parser.add_argument("--rounds", type=int, default=9, help="blocks of each candidate")
     parser.add_argument("--out", type=Path, default=RESULT, metavar="FILE")
-    parser.add_argument("--update", action="store_true", help="keep the rows of FILE for what is not measured now")
+    parser.add_argument("--update", action="store_true", help="keep FILE's rows of other cases")
     args = parser.parse_args()
     chosen = [case for case in CASES if not args.models or any(text in case.name for text in args.models)]
     names, where = [case.name for case in CASES], bench.environment()
-    again = {case.name for case in chosen}
-    rows = record.earlier(args.out, where, lambda row: row["case"] in again) if args.update else []
+    rows = record.earlier(args.out, where) if args.update else []
     for case in tqdm(chosen, unit="case", disable=None):
-        rows += [{**row, "date": bench.environment()["date"]} for row in measure(case, args.rounds)]
-        rows.sort(key=lambda row: names.index(row["case"]))
+        rows = record.update(rows, measure(case, args.rounds), ("case",), names, bench.environment()["date"])
         record.write(args.out, where, rows)
     print(f"{bench.headline(where)}\n\n{table(rows)}\n\nwritten to {args.out}")
 

@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"{' and '.join(QUICK)}, batch 1, three rounds")
     parser.add_argument("--here", type=int, metavar="B", help="measure MODEL at this batch size in this process")
     parser.add_argument("--out", type=Path, default=RESULTS / "models-cpu.json", metavar="FILE")
-    parser.add_argument("--update", action="store_true", help="keep the rows of FILE for what is not measured now")
+    parser.add_argument("--update", action="store_true", help="keep FILE's rows of other models and batch sizes")
     args = parser.parse_args()
     if args.here is not None:
         rows = measure(args.models[0], args.here, args.rounds, args.only)
@@ -250,13 +250,12 @@ def main() -> None:
         args.models, args.batches, args.rounds = args.models or QUICK, args.batches or [1], 3
     where = {**bench.environment(), "versions": versions()}
     work = [(name, batch) for name in args.models or MODELS for batch in args.batches or nets.batches(name)]
-    rows = record.earlier(args.out, where, lambda row: (row["model"], row["batch"]) in work) if args.update else []
+    rows = record.earlier(args.out, where) if args.update else []
     for name, batch in tqdm(work, unit="model", disable=None):
-        rows += [{**row, "date": bench.environment()["date"]} for row in apart(name, batch, args.rounds, args.only)]
-    rows.sort(key=lambda row: (MODELS.index(row["model"]), row["batch"]))
-    print(f"{bench.headline(where)}\n\n{table(rows)}")
-    record.write(args.out, where, rows)
-    print(f"\nwritten to {args.out}")
+        new = apart(name, batch, args.rounds, args.only)
+        rows = record.update(rows, new, ("model", "batch"), MODELS, bench.environment()["date"])
+        record.write(args.out, where, rows)
+    print(f"{bench.headline(where)}\n\n{table(rows)}\n\nwritten to {args.out}")
 
 
 if __name__ == "__main__":

@@ -367,6 +367,8 @@ def _notes(parameters: Mapping[Node, str], eaten: Collection[str], parts: Mappin
             notes[name] = NO_RECURRENT
         elif what in ("embedding", "embedding_bag"):
             notes[name] = f"used in {what} with max_norm, which writes to the table, or a negative padding_idx"
+        elif user.target in COMPUTE_OPS:
+            notes[name] = f"used in {what}, but not as its weight"
         else:
             notes[name] = f"used in {what}, which is not a linear, a convolution or an embedding"
     return tuple(Note(name, reason) for name, reason in notes.items())

@@ -154,10 +154,18 @@ def test_a_model_whose_process_dies_is_a_row():
 
 
 def test_an_update_keeps_what_is_not_measured_anew_unless_the_machine_is_another(tmp_path):
-    rows = [{"model": "resnet50", "batch": 1}, {"model": "resnet50", "batch": 8}]
-    where = {"device": "one", "torch": "2.15", "date": "yesterday"}
+    rows = [{"model": "vit", "batch": 1, "date": "before"}, *({"model": "resnet50", "batch": b} for b in (1, 8))]
+    where = {"device": "one", "torch": "2.15", "date": "yesterday", "versions": {"timm": "1"}}
     file = tmp_path / "models.json"
-    file.write_text(json.dumps({"environment": where, "rows": rows}), "utf-8")
-    assert record.earlier(file, {**where, "date": "today"}, lambda row: row["batch"] == 8) == rows[:1]
-    with pytest.raises(SystemExit, match="found another torch; measure all of it anew"):
-        record.earlier(file, {**where, "torch": "2.16"}, lambda row: False)
+    assert record.earlier(file, where) == []
+    record.write(file, where, rows)
+    found = record.earlier(file, {**where, "date": "today", "versions": {"timm": "1", "nncf": "3"}})
+    assert [row["date"] for row in found] == ["before", "yesterday", "yesterday"]
+    new = [{"model": "resnet50", "batch": 8, "reason": "no"}, {"model": "unheard", "batch": 1}]
+    found = record.update(found, new, ("model", "batch"), ("resnet50", "vit"), "today")
+    assert [(row["model"], row["batch"], row["date"]) for row in found] == [
+        ("resnet50", 1, "yesterday"), ("resnet50", 8, "today"), ("vit", 1, "before"), ("unheard", 1, "today"),
+    ]  # fmt: skip
+    for other in ({**where, "torch": "2.16"}, {**where, "versions": {"timm": "2"}}):
+        with pytest.raises(SystemExit, match="found another (torch|timm); measure all of it anew"):
+            record.earlier(file, other)

@@ -256,6 +256,14 @@ def test_other_uses_are_noted(op, reason):
     assert [(n.name, n.reason) for n in found.notes] == [("w", reason)]
 
 
+def test_a_parameter_that_a_layer_reads_as_its_input_is_noted():
+    d = Draft(latent=(5, 5), w=(5, 5))
+    d.call(aten.linear.default, d.latent, d.w)
+    found = d.find()
+    assert [site.parameter for site in found.sites] == ["w"]
+    assert [(n.name, n.reason) for n in found.notes] == [("latent", "used in linear, but not as its weight")]
+
+
 def test_recurrent_layers_are_noted():
     d = Draft(ih=(16, 4), hh=(16, 4))
     d.call(aten.lstm.input, d.x, [d.x, d.x], [d.ih, d.hh], False, 1, 0.0, False, False, False)

@@ -572,8 +572,8 @@ TORCH_LIBRARY(fp4fx_cpu, m) {
   m.def(
       "conv_transpose(Tensor x, Tensor packed, Tensor scale, Tensor global_scale, Tensor? bias, SymInt in_channels,"
       " int[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] output_padding, SymInt[] dilation,"
-      " SymInt groups, Tensor? x_scale=None, Tensor? x_global_scale=None, ScalarType? dtype=None, Tensor? channel_scale=None,"
-      " Tensor? residual=None, str activation='none', str compute='bf16', str tier='') -> Tensor");
+      " SymInt groups, Tensor? x_scale=None, Tensor? x_global_scale=None, ScalarType? dtype=None,"
+      " Tensor? channel_scale=None, Tensor? residual=None, str activation='none', str compute='bf16', str tier='') -> Tensor");
   m.def(
       "embedding(Tensor indices, Tensor packed, Tensor scale, Tensor global_scale, SymInt embedding_dim,"
       " ScalarType dtype, str tier='') -> Tensor");

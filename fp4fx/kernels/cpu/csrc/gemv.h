@@ -62,6 +62,7 @@ FP4FX_INLINE void blocks_of(const float* x, vf (&out)[16]) {
 struct DotF32 {
   static constexpr int kBytes = 4 * kChunk;
   static constexpr int kParts = 16;
+  static constexpr bool kBytewise = false;
   typedef vf Sum;
 
   FP4FX_INLINE void stage(const vf (&x)[16], char* out) {
@@ -81,6 +82,7 @@ struct DotF32 {
 struct DotBf16 {
   static constexpr int kBytes = 2 * kChunk;
   static constexpr int kParts = 8;
+  static constexpr bool kBytewise = false;
   typedef vf Sum;
 
   FP4FX_INLINE void stage(const vf (&x)[16], char* out) {
@@ -113,6 +115,7 @@ typedef DotF32 DotBf16;  // fp32 products are as fast here
 struct DotInt8 {
   static constexpr int kBytes = kChunk + 8 * kLanes;
   static constexpr int kParts = 4;
+  static constexpr bool kBytewise = true;
   typedef vi Sum;
 
   FP4FX_INLINE void stage(const vf (&x)[16], char* out) {
@@ -215,7 +218,7 @@ FP4FX_INLINE void dot_chunk(const uint8_t* const* codes, const uint8_t* const* s
 // two rows of W where their values fit registers.
 template <class Dot, int R, int M>
 FP4FX_INLINE void dot_rows(const Packed& w, int64_t n, const char* x, int64_t x_stride, float (*out)[16]) {
-  constexpr int kTogether = M > 1 && R > 1 && (kLanes == 16 || Dot::kParts == 4) ? 2 : 1;
+  constexpr int kTogether = M > 1 && R > 1 && (kLanes == 16 || Dot::kBytewise) ? 2 : 1;
   const int64_t blocks = w.blocks(), row = blocks * 8;
   const uint8_t* codes[R];
   const uint8_t* scales[R];
@@ -287,7 +290,7 @@ static void gemv(const Linear& a, const Pool& pool) {
       const int64_t n0 = 16 * t, rows = smaller(16, a.w.n - n0);
       const char* x = (const char*)staged.data;
       int64_t m = 0;
-      if constexpr (Dot::kParts == 4)  // the sums of eight rows fit registers
+      if constexpr (Dot::kBytewise)  // whose weights leave room for the sums of eight rows
         for (; m + 8 <= a.m; m += 8) dot_tile<Dot, 2, 8>(a.w, n0, rows, x + m * x_stride, x_stride, columns, m);
       for (; m + 4 <= a.m; m += 4) dot_tile<Dot, 2, 4>(a.w, n0, rows, x + m * x_stride, x_stride, columns, m);
       switch (a.m - m) {

@@ -18,7 +18,7 @@ static void linear_gemm(const Linear& a, const Pool& pool) {
 
 // Rows up to which decoding anew for every four of them, in int8 for every eight, is faster than a panel; with AMX
 // assumed, not measured.
-constexpr int64_t kGemvRows = kAmx ? 3 : 8, kGemvRowsInt8 = kAmx ? 3 : DotInt8::kParts == 4 ? 16 : 8;
+constexpr int64_t kGemvRows = kAmx ? 3 : 8, kGemvRowsInt8 = kAmx ? 3 : DotInt8::kBytewise ? 16 : 8;
 
 static void linear(const Linear& a, const Pool& pool) {
   if (a.m == 0 || a.w.n == 0) return;

@@ -83,13 +83,6 @@ FP4FX_INLINE float from_bf16(uint16_t x) {
   return value;
 }
 
-FP4FX_INLINE uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 FP4FX_INLINE float from_f16(uint16_t x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x);
