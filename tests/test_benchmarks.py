@@ -167,5 +167,5 @@ def test_an_update_keeps_what_is_not_measured_anew_unless_the_machine_is_another
         ("resnet50", 1, "yesterday"), ("resnet50", 8, "today"), ("vit", 1, "before"), ("unheard", 1, "today"),
     ]  # fmt: skip
     for other in ({**where, "torch": "2.16"}, {**where, "versions": {"timm": "2"}}):
-        with pytest.raises(SystemExit, match="found another (torch|timm); measure all of it anew"):
+        with pytest.raises(SystemExit, match=r"found another (torch|timm); measure all of it anew"):
             record.earlier(file, other)
