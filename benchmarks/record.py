@@ -27,7 +27,7 @@ def earlier(file: Path, where: Row) -> list[Row]:
 
 
 def update(rows: list[Row], new: list[Row], keys: Sequence[str], order: Sequence[str], date: str) -> list[Row]:
-    """`rows` with `new` ones of that date in the place of all with the same `keys`; sorted, the first key by `order`."""
+    """`rows` with `new` ones of that date in place of all with the same `keys`, sorted: the first key by `order`."""
     measured = [[row[key] for key in keys] for row in new]
     rows = [row for row in rows if [row[key] for key in keys] not in measured]
     rows += [{**row, "date": date} for row in new]
