@@ -263,19 +263,13 @@ def _blank(base: type[nn.Module], names: tuple[str, ...], quantizes_input: bool)
 def encode(dense: Tensor, spec: PackedSpec, path: str) -> tuple[nvfp4.NVFP4, PackedSpec]:
     """Quantize a dense parameter as its spec says: the codes, and the spec with their SQNR. `path` is for errors."""
     dense = dense.detach()
-    if dense.is_meta:
-        sqnr = None
-    else:
-        nvfp4.check_finite(dense, path)
-    q = encoding.quantize(
-        dense,
-        scale_rule=spec.scale_rule,
-        block=spec.block,
-        order=spec.order,
-        groups=spec.groups,
-    )
+    rule = spec.scale_rule
     if not dense.is_meta:
-        sqnr = nvfp4.sqnr(dense, nvfp4.dequantize(q, torch.float32))
+        nvfp4.check_finite(dense, path)
+    elif spec.block == (1, 16):  # a rule is no matter of shapes, and searching takes its time there too
+        rule = "max"
+    q = encoding.quantize(dense, scale_rule=rule, block=spec.block, order=spec.order, groups=spec.groups)
+    sqnr = None if dense.is_meta else nvfp4.sqnr(dense, nvfp4.dequantize(q, torch.float32))
     return q, replace(spec, sqnr=sqnr)
 
 

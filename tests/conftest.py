@@ -7,6 +7,14 @@ from tests.checkpoints import IMAGE, STATIC
 from tests.models import ConvNet
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A process that is done takes tests from another: the last models of one file are minutes."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     """A quantized ConvNet with static activations, in a file."""

@@ -1,4 +1,5 @@
-"""Real architectures, one graph each: compiled equals eager, two batch sizes share one artifact, every site explained.
+"""Real architectures, some blocks deep, one graph each: compiled equals eager, two batch sizes share one artifact, and
+every site is explained.
 
 Tolerance: both sides multiply the same decoded fp32 weights and differ only in the order of fp32 sums (round-off 6e-8
 each over K up to a few thousand terms, through tens of layers), so the largest difference is held to 2e-5 of the
@@ -41,12 +42,12 @@ def image(size):
 
 
 MODELS = {
-    "resnet50": (lambda: timm.create_model("resnet50"), image(224)),
-    "vit_base_patch16_224": (lambda: timm.create_model("vit_base_patch16_224"), image(224)),
-    "beit_base_patch16_224": (lambda: timm.create_model("beit_base_patch16_224"), image(224)),
-    "swinv2_tiny_window8_256": (lambda: timm.create_model("swinv2_tiny_window8_256"), image(256)),
-    "convnext_tiny": (lambda: timm.create_model("convnext_tiny"), image(224)),
-    "torchvision vit_b_16": (torchvision.models.vit_b_16, image(224)),
+    "resnet50": (lambda: timm.create_model("resnet50", layers=(2, 1, 1, 1)), image(64)),
+    "vit": (lambda: timm.create_model("vit_base_patch16_224", depth=3, img_size=64), image(64)),
+    "beit": (lambda: timm.create_model("beit_base_patch16_224", depth=3, img_size=64), image(64)),
+    "swinv2": (lambda: timm.create_model("swinv2_tiny_window8_256", depths=(2, 2, 1, 1), img_size=128), image(128)),
+    "convnext": (lambda: timm.create_model("convnext_tiny", depths=(1, 1, 2, 1)), image(64)),
+    "torchvision vit": (lambda: torchvision.models.VisionTransformer(64, 16, 3, 12, 768, 3072), image(64)),
     "unet": (lambda: UNet(32), image(64)),
     "llama": (llama, lambda batch: torch.randint(0, 512, (batch, 17))),
 }

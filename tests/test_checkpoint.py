@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fp4fx
+from fp4fx import nvfp4
 from fp4fx.checkpoint import load, save
 from fp4fx.packed import plan_of
 from tests.checkpoints import (
@@ -76,6 +77,14 @@ def test_a_round_trip_is_exact(name, into, tmp_path):
     assert all(t.untyped_storage().data_ptr() not in given for t in everything(loaded).values())
     save(loaded, tmp_path / "again.safetensors")
     assert_same_contents(tmp_path / "again.safetensors", tmp_path / "m.safetensors")
+
+
+def test_loading_searches_for_no_scales_and_codes(tmp_path, monkeypatch):
+    fp4fx.save(fp4fx.quantize(model := ConvNet().eval()), tmp_path / "m.safetensors")
+    monkeypatch.setattr(nvfp4, "unbiased", lambda *_, **__: pytest.fail("searched"))
+    fp4fx.load(model, tmp_path / "m.safetensors")
+    with pytest.raises(pytest.fail.Exception, match="searched"):
+        fp4fx.quantize(model)
 
 
 def test_tied_tensors_are_written_once_and_stay_tied(tmp_path):

@@ -305,7 +305,7 @@ assert torch.equal(work(), expected)
 
 
 QUANTIZE = """
-import torch, fp4fx
+import torch, torch._inductor.config, fp4fx
 from fp4fx.kernels.cpu import library
 model = torch.nn.Sequential(torch.nn.Linear(64, 32)).eval()
 q = fp4fx.quantize(model, fp4fx.Policy(skip_first=0, skip_last=0, min_numel=0))
@@ -315,11 +315,12 @@ x = torch.randn(3, 64)
 
 def test_without_the_kernels_a_model_compiles_all_the_same_and_the_report_says_why(tmp_path):
     compiler = tmp_path / "cxx"
-    compiler.write_text('#!/bin/sh\ncase "$*" in *tier.cpp*) exit 1;; esac\nexec g++ "$@"\n')
+    compiler.write_text('#!/bin/sh\ncase "$*" in *csrc*) exit 1;; esac\nexec g++ "$@"\n')
     compiler.chmod(0o755)
     script = (
         QUANTIZE
         + """
+torch._inductor.config.cpp.cxx = (None, "g++")  # whose probes of g++ are in its cache
 with torch.no_grad():
     torch.testing.assert_close(torch.compile(q, backend="fp4fx")(x), q(x), rtol=1e-5, atol=1e-5)
 print(fp4fx.report(q))
