@@ -41,11 +41,12 @@ def image(size):
     return lambda batch: torch.randn(batch, 3, size, size)
 
 
+SWIN = {"depths": (2, 1), "num_heads": (3, 6), "img_size": 128}
 MODELS = {
     "resnet50": (lambda: timm.create_model("resnet50", layers=(2, 1, 1, 1)), image(64)),
     "vit": (lambda: timm.create_model("vit_base_patch16_224", depth=3, img_size=64), image(64)),
     "beit": (lambda: timm.create_model("beit_base_patch16_224", depth=3, img_size=64), image(64)),
-    "swinv2": (lambda: timm.create_model("swinv2_tiny_window8_256", depths=(2, 2, 1, 1), img_size=128), image(128)),
+    "swinv2": (lambda: timm.create_model("swinv2_tiny_window8_256", **SWIN), image(128)),
     "convnext": (lambda: timm.create_model("convnext_tiny", depths=(1, 1, 2, 1)), image(64)),
     "torchvision vit": (lambda: torchvision.models.VisionTransformer(64, 16, 3, 12, 768, 3072), image(64)),
     "unet": (lambda: UNet(32), image(64)),
