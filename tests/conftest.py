@@ -1,6 +1,7 @@
 """Fixtures of more than one test file."""
 
 import pytest
+import torch
 
 import fp4fx
 from tests.checkpoints import IMAGE, STATIC
@@ -13,6 +14,12 @@ def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Random numbers of a test do not depend on which ran before it in its process."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")

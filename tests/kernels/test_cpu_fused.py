@@ -82,7 +82,7 @@ def test_a_write_in_between_keeps_them_apart(cpu_ops):
 def test_what_is_quantized_otherwise_stays(cpu_ops):
     assert quantizes(lambda x: product(x, quantize(x, None, "rows", 1, "max", 16)), X) == (1, 0)
     assert quantizes(lambda x: product(x, quantize(x), "int8"), X, tolerance=0.3) == (1, 0), "it reads a row twice"
-    assert quantizes(lambda x: product(x, quantize(x), dtype=torch.bfloat16), X) == (1, 0)
+    assert quantizes(lambda x: product(x, quantize(x), dtype=torch.bfloat16), X, tolerance=0.1) == (1, 0)
 
 
 def test_a_compiled_w4a4_model(cpu_ops):

