@@ -2,7 +2,7 @@
 every site is explained.
 
 Tolerance: both sides multiply the same decoded fp32 weights and differ only in the order of fp32 sums (round-off 6e-8
-each over K up to a few thousand terms, through tens of layers), so the largest difference is held to 2e-5 of the
+each over K up to a few thousand terms, through some ten layers), so the largest difference is held to 2e-5 of the
 largest output.
 """
 

@@ -61,7 +61,7 @@ def test_memory_is_given_back_at_once_while_calibrating(model):
 
     qmodel = fp4fx.quantize(model, ALL)
     fp4fx.calibrate(qmodel, Measures(batches()), reference=model, methods=["gptq"])
-    assert median(found) > 0.6 and given_back() < 0.3  # batches are looked at ahead of it, too
+    assert median(found) > 0.6 and given_back() < 0.5  # batches are looked at ahead of it, too
 
 
 @pytest.fixture

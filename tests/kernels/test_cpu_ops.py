@@ -77,11 +77,6 @@ def check(name, tier, args, compute="bf16", dtype=None, **epilogue):
     assert y.numel() == 0 or error(y, reference) < limit(dtype, compute), (name, tier, x.shape, epilogue.keys())
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("compute", ["bf16", "fp32", "int8"])
 def test_linear_is_the_body_in_fp64(tier, compute):
     for (m, k, n), dtype in itertools.product(LINEAR, DTYPES):

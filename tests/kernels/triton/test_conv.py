@@ -53,11 +53,6 @@ CASES = [("conv", *case) for case in CONV] + [("conv_transpose", *case) for case
 LIMIT = {torch.float16: 1e-3, torch.float32: 1e-5, torch.bfloat16: 4e-3}
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def operands(name, weight, geometry, device):
     """Packed weight and a bias."""
     groups = geometry[-1]
